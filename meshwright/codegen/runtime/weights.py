@@ -1,0 +1,72 @@
+"""Initial weights that do not depend on the layout: each layer, and each module outside the layers, from its own seed.
+
+A rank holds one layer whole at a time, fills it as the model's own code would, and copies out its shard.
+"""
+
+import copy
+import zlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .tensor_parallel import pack, unpack
+
+
+def blank(model: nn.Module) -> nn.Module:
+    """A copy of a model on meta, to fill from after the model itself was cut up."""
+    return copy.deepcopy(model)
+
+
+@torch.no_grad()
+def fill(
+    stage: nn.Module, template: nn.Module, units: Iterable[str], init: Callable[[nn.Module], None], seed: int, device: torch.device,
+    packed: dict[str, tuple[int, int]] | None = None, seeds: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Fills the parameters and buffers of `stage` (sharded, allocated) under the paths `units`.
+
+    `template` has the whole model on meta; `init` initialises one module. `packed` gives dimension and pieces of parameters
+    that are sharded inside pieces. `seeds` names the unit whose seed a unit takes (tied parameters), else its own.
+    """
+    own = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+    for unit in units:
+        whole = copy.deepcopy(template.get_submodule(unit)).to_empty(device=device)
+        torch.manual_seed(seed + zlib.crc32((seeds or {}).get(unit, unit).encode()))
+        whole.apply(init)
+        for name, value in (*whole.named_parameters(), *whole.named_buffers()):
+            path = f"{unit}.{name}" if unit else name
+            if path in own:
+                copy_shard(own[path], value.data, (packed or {}).get(path))
+
+
+@torch.no_grad()
+def copy_shard(target: Tensor, full: Tensor, packed: tuple[int, int] | None = None) -> None:
+    """Copies this rank's part of `full` into `target`, a plain tensor or a DTensor over (replicate, shard, tp) or part of it."""
+    if not isinstance(target, DTensor):
+        target.copy_(full)
+        return
+    mesh, names = target.device_mesh, target.device_mesh.mesh_dim_names or ()
+    # tensor-parallel shards are cut first; FSDP shards dimension 0 of what is left
+    for i in sorted(range(mesh.ndim), key=lambda i: names[i] != "tp" if names else i):
+        if target.placements[i].is_replicate():
+            continue
+        dim = target.placements[i].dim  # type: ignore[attr-defined]
+        if packed is not None and names[i] == "tp":
+            full = pack(full, *packed, mesh.size(i))
+        parts = full.chunk(mesh.size(i), dim)
+        rank = mesh.get_local_rank(i)
+        full = parts[rank] if rank < len(parts) else full.narrow(dim, 0, 0)
+    target.to_local().copy_(full)
+
+
+@torch.no_grad()
+def gather_full(p: Tensor, packed: tuple[int, int] | None = None) -> Tensor:
+    """The whole of a parameter or gradient in the model's own order. Collective over the tensor's mesh."""
+    if not isinstance(p, DTensor):
+        return p.detach()
+    mesh = p.device_mesh
+    full = p.detach().full_tensor()
+    if packed is not None and "tp" in (mesh.mesh_dim_names or ()):
+        full = unpack(full, *packed, mesh["tp"].size())
+    return full

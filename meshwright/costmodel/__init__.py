@@ -1,0 +1,1 @@
+"""Seconds and bytes of anything that the planner may choose. Imports profiling."""

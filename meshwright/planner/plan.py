@@ -1,0 +1,450 @@
+"""Plan: the one document that says how to run a model and why. Everything downstream reads a Plan and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from meshwright.planner.states import CONVERSIONS, parse
+from meshwright.profiling.cluster import Cluster, first_error
+from meshwright.profiling.errors import InputError
+from meshwright.profiling.graph import Coverage, ModelInput, Statement
+
+SCHEMA = "meshwright.plan/1"
+Count = Annotated[int, Field(ge=1)]
+Bytes = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Workload(_Model):
+    """What is asked: training with this global batch (samples a step) and sequence length (tokens a sample)."""
+
+    kind: Literal["train"] = "train"
+    global_batch: Count
+    seq: Count
+    precision: Literal["bf16", "fp32"] = "bf16"
+    optimizer: Literal["adamw"] = "adamw"
+
+
+class Layout(_Model):
+    """Degrees of parallelism. Devices are tp x pp x dp; `zero` is the ZeRO stage of the data-parallel group."""
+
+    tp: Count = 1
+    sp: bool = False
+    pp: Count = 1
+    dp: Count = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    micro_batch: Count = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+    schedule: Literal["1f1b"] = "1f1b"
+
+    @property
+    def devices(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def replicate(self) -> int:
+        """Data-parallel ranks that hold whole copies (ZeRO 0)."""
+        return self.dp if self.zero == 0 else 1
+
+    @property
+    def shard(self) -> int:
+        """Data-parallel ranks that share one copy (ZeRO 1 to 3)."""
+        return 1 if self.zero == 0 else self.dp
+
+    def __str__(self) -> str:
+        sp = "+sp" if self.sp else ""
+        return f"tp={self.tp}{sp} pp={self.pp} dp={self.dp} zero={self.zero} micro_batch={self.micro_batch} recompute={self.recompute}"
+
+
+class Stage(_Model):
+    """One pipeline stage: layers [first, last) of the model's layer list, with its own memory and time of a microbatch."""
+
+    layers: tuple[int, int]
+    peak_bytes: Bytes
+    microbatch_s: Seconds
+
+
+class ModuleSharding(_Model):
+    """How one module runs on a tensor-parallel rank (states: planner/states.py).
+
+    `params`: state of each parameter that its forward reads. `inputs`, `outputs`: conversions by argument ("0", "hidden_states")
+    or result ("" for a bare tensor, "0" for the first of a tuple). `sizes`: attributes to set to their local value.
+    """
+
+    module: str
+    params: dict[str, str] = {}
+    inputs: dict[str, str] = {}
+    outputs: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+
+
+class LayerSharding(_Model):
+    """The modules of equal layers, relative to each layer; `layers` indexes the model's layer list."""
+
+    layers: tuple[int, ...]
+    modules: tuple[ModuleSharding, ...]
+
+
+class StageProgram(_Model):
+    """The model's code around its layers, for this layout: sizes are local, conversions are statements ("convert:P>S1")."""
+
+    inputs: tuple[str, ...]
+    stem: tuple[Statement, ...]
+    side: tuple[Statement, ...]
+    layers: tuple[str, ...]
+    layer_args: tuple[Any, ...]
+    layer_kwargs: dict[str, Any]
+    head: tuple[Statement, ...]
+    output: str
+
+
+class Solution(_Model):
+    """What to run."""
+
+    layout: Layout
+    stages: tuple[Stage, ...]
+    mesh: dict[str, int]
+    layer_shardings: tuple[LayerSharding, ...] = ()
+    module_shardings: tuple[ModuleSharding, ...] = ()
+    loss: Literal["plain", "vocab_parallel"] = "plain"
+    program: StageProgram | None = None
+    kernels: tuple[str, ...] = ()
+
+
+class ModelRef(_Model):
+    """The model that was planned, and what its code needs to be built and fed."""
+
+    name: str
+    source: str
+    origin: Literal["hf", "module"]
+    sample_source: str = ""
+    hash: str
+    numel: Count
+    layers: Annotated[int, Field(ge=0)]
+    layer_paths: tuple[str, ...] = ()
+    objective: Literal["cross_entropy", "mse", "square", "custom"]
+    labels_from: Literal["shift", "random", "sample", "none"]
+    inputs: tuple[ModelInput, ...]
+    labels: ModelInput | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
+    config: dict[str, Any] | None = None
+
+
+class Range(_Model):
+    """A prediction: median, and what nine of ten should lie between."""
+
+    p05: float
+    p50: float
+    p95: float
+
+
+class Memory(_Model):
+    """Bytes of the fullest rank. `by_kind` adds up to `peak.p50`; `limit` is what the plan was allowed."""
+
+    capacity: Bytes
+    limit: Bytes
+    peak: Range
+    by_kind: dict[str, float]
+    peak_stage: int
+    peak_event: str
+
+
+class Prediction(_Model):
+    """What the cost model expects. `time_s` adds up to `step_s.p50`; `simulated_step_s` is the event simulator's figure."""
+
+    step_s: Range
+    simulated_step_s: Seconds
+    tokens_per_s: float
+    mfu: float
+    time_s: dict[str, float]
+    memory_bytes: Memory
+    provenance: tuple[str, ...] = ()
+
+
+class Alternative(_Model):
+    """Another layout that fits, in order of predicted step time."""
+
+    layout: Layout
+    step_s: Seconds
+    peak_bytes: Bytes
+    slower: float  # step_s over the best, minus one
+    bottleneck: str
+
+
+class WhyNot(_Model):
+    """The best that was possible with one choice fixed: its price, or the constraint that forbids it, with its number."""
+
+    fix: str
+    fits: bool
+    step_s: float | None = None
+    slower: float | None = None
+    reason: str
+
+
+class Rejected(_Model):
+    """Layouts that were not chosen, counted by the constraint that excluded them."""
+
+    constraint: str
+    count: Annotated[int, Field(ge=0)]
+    example: str = ""
+
+
+class Certificate(_Model):
+    """The proof: every layout of the space was evaluated, or its bound was above the best, or it does not fit.
+
+    `space` = `pruned_by_memory` + `pruned_by_bound` + `evaluated`. `bound_s` is a lower bound on the step of every layout that
+    fits; `gap` = step / bound - 1.
+    """
+
+    status: Literal["optimal", "infeasible"]
+    gap: Annotated[float, Field(ge=0)]
+    bound_s: Seconds
+    seconds: Seconds
+    space: int
+    pruned_by_memory: int
+    pruned_by_bound: int
+    evaluated: int
+    infeasible: int
+
+
+class CreatedBy(_Model):
+    version: str
+    torch: str
+
+
+class Plan(_Model):
+    """One JSON document: the layout and all that runs it, the prediction and all that argues for it."""
+
+    schema_: Literal["meshwright.plan/1"] = Field(SCHEMA, alias="schema")
+    created_by: CreatedBy
+    inputs_hash: str
+    model: ModelRef
+    cluster: Cluster
+    workload: Workload
+    objective: Literal["throughput"] = "throughput"
+    solution: Solution
+    prediction: Prediction
+    alternatives: tuple[Alternative, ...] = ()
+    why_not: tuple[WhyNot, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    solver: Certificate
+    coverage: Coverage
+    notes: tuple[str, ...] = ()
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @property
+    def layout(self) -> Layout:
+        return self.solution.layout
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of one step on one data-parallel rank."""
+        return self.workload.global_batch // (self.layout.dp * self.layout.micro_batch)
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan beside `path`, then renames: a reader never sees half a plan."""
+        write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """Reads and verifies a plan. InputError says where it is broken."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise InputError(f"{where} is not JSON: {e}") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise InputError(f"{where} is not a plan of schema {SCHEMA!r} (found {found!r})")
+        try:
+            plan = cls.model_validate(data)
+        except ValidationError as e:
+            raise InputError(f"{where}: {first_error(e)}") from None
+        broken = plan.verify()
+        if broken:
+            raise InputError(f"{where} is inconsistent: {broken[0]}")
+        return plan
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        path = Path(path)
+        if not path.exists():
+            raise InputError(f"plan {path} does not exist")
+        try:
+            return cls.from_json(path.read_text(), str(path))
+        except UnicodeDecodeError:
+            raise InputError(f"plan {path} is not text") from None
+
+    def verify(self) -> list[str]:
+        """What contradicts itself, each as "where: what"; empty for a sound plan."""
+        return [*_verify_layout(self), *_verify_stages(self), *_verify_sharding(self), *_verify_prediction(self)]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a plan."""
+    return Plan.model_json_schema(by_alias=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes text to a file beside `path` and renames it into place."""
+    if not path.parent.exists():
+        raise InputError(f"the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not a file")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as f:
+            f.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def _verify_layout(plan: Plan) -> list[str]:
+    x, w = plan.layout, plan.workload
+    out = []
+    if x.devices != plan.cluster.size:
+        out.append(f"solution.layout: tp {x.tp} x pp {x.pp} x dp {x.dp} is {x.devices} devices, the cluster has {plan.cluster.size}")
+    if w.global_batch % (x.dp * x.micro_batch):
+        out.append(f"solution.layout: dp {x.dp} x micro_batch {x.micro_batch} does not divide the global batch {w.global_batch}")
+    if x.sp and x.tp == 1:
+        out.append("solution.layout.sp: sequence parallelism needs tp > 1")
+    if x.zero and x.dp == 1:
+        out.append(f"solution.layout.zero: ZeRO {x.zero} needs dp > 1")
+    mesh = {"pp": x.pp, "replicate": x.replicate, "shard": x.shard, "tp": x.tp}
+    if plan.solution.mesh != mesh:
+        out.append(f"solution.mesh: {plan.solution.mesh} is not the layout's {mesh}")
+    return out
+
+
+def _verify_stages(plan: Plan) -> list[str]:
+    x, stages, layers = plan.layout, plan.solution.stages, plan.model.layers
+    out = []
+    if len(stages) != x.pp:
+        out.append(f"solution.stages: {len(stages)} stages for pp {x.pp}")
+    at = 0
+    for i, s in enumerate(stages):
+        if s.layers[0] != at or s.layers[1] < s.layers[0] or (s.layers[1] == s.layers[0] and layers):
+            out.append(f"solution.stages[{i}].layers: {list(s.layers)} does not follow layer {at}")
+            break
+        at = s.layers[1]
+    else:
+        if at != layers:
+            out.append(f"solution.stages: they hold {at} of {layers} layers")
+    program = plan.solution.program
+    if len(plan.model.layer_paths) != layers:
+        out.append(f"model.layer_paths: {len(plan.model.layer_paths)} paths for {layers} layers")
+    if x.pp > 1 and program is None:
+        out.append("solution.program: a pipeline needs one")
+    if program is not None:
+        if len(program.layers) != layers:
+            out.append(f"solution.program.layers: {len(program.layers)} of {layers} layers")
+        out += _verify_program(program)
+    return out
+
+
+def _verify_program(program: StageProgram) -> list[str]:
+    """Every value is made before it is read."""
+    out = []
+    known = set(program.inputs)
+    for part in ("stem", "side", "head"):
+        for i, s in enumerate(getattr(program, part)):
+            missing = sorted(_refs((s.args, s.kwargs)) - known - {"h"})
+            if missing:
+                out.append(f"solution.program.{part}[{i}]: {missing[0]!r} is read before it is made")
+            if s.target.partition(":")[0] not in ("module", "aten", "get", "convert"):
+                out.append(f"solution.program.{part}[{i}].target: {s.target!r} is neither a module, a torch function nor a conversion")
+            known |= set(s.outputs)
+    missing = sorted(_refs((program.layer_args, program.layer_kwargs)) - known - {"h"})
+    if missing:
+        out.append(f"solution.program.layer_kwargs: {missing[0]!r} is read before it is made")
+    if program.output not in known | {"h"}:
+        out.append(f"solution.program.output: {program.output!r} is never made")
+    return out
+
+
+def _refs(x: Any) -> set[str]:
+    if isinstance(x, dict):
+        if set(x) == {"ref"}:
+            return {x["ref"]}
+        return set().union(*(_refs(v) for v in x.values())) if x else set()
+    if isinstance(x, list | tuple):
+        return set().union(*(_refs(v) for v in x)) if x else set()
+    return set()
+
+
+def _verify_sharding(plan: Plan) -> list[str]:
+    x, s = plan.layout, plan.solution
+    out = []
+    if x.tp == 1 and (s.layer_shardings or s.module_shardings or s.loss != "plain"):
+        out.append("solution.module_shardings: there is nothing to shard with tp 1")
+    if x.tp > 1 and s.layer_shardings:
+        held = Counter(i for group in s.layer_shardings for i in group.layers)
+        wrong = [i for i in range(plan.model.layers) if held[i] != 1]
+        if wrong:
+            out.append(f"solution.layer_shardings: layer {wrong[0]} appears {held[wrong[0]]} times")
+    groups = [(f"solution.layer_shardings[{i}].modules", g.modules) for i, g in enumerate(s.layer_shardings)]
+    for where, modules in [*groups, ("solution.module_shardings", s.module_shardings)]:
+        for j, m in enumerate(modules):
+            for name, state in m.params.items():
+                if not _is_state(state):
+                    out.append(f"{where}[{j}].params.{name}: {state!r} is not a placement state")
+            for key, conversion in [*m.inputs.items(), *m.outputs.items()]:
+                if not _is_conversion(conversion):
+                    out.append(f"{where}[{j}]: {conversion!r} at {key!r} is not a conversion between placement states")
+    return out
+
+
+def _is_state(text: str) -> bool:
+    try:
+        return str(parse(text)) == text
+    except (KeyError, ValueError):
+        return False
+
+
+def _is_conversion(text: str) -> bool:
+    source, arrow, target = text.partition(">")
+    return bool(arrow) and _is_state(source) and _is_state(target) and (source[0], target[0]) in CONVERSIONS
+
+
+def _verify_prediction(plan: Plan) -> list[str]:
+    p, m = plan.prediction, plan.prediction.memory_bytes
+    out = []
+    for where, r in (("prediction.step_s", p.step_s), ("prediction.memory_bytes.peak", m.peak)):
+        if not 0 < r.p05 <= r.p50 <= r.p95:
+            out.append(f"{where}: p05 {r.p05:g}, p50 {r.p50:g}, p95 {r.p95:g} are not in order")
+    for where, parts, total in (
+        ("prediction.time_s", p.time_s, p.step_s.p50),
+        ("prediction.memory_bytes.by_kind", m.by_kind, m.peak.p50),
+    ):
+        if abs(sum(parts.values()) - total) > 1e-6 * total:
+            out.append(f"{where}: its parts add up to {sum(parts.values()):g}, not {total:g}")
+    if m.peak.p95 > m.limit:
+        out.append(f"prediction.memory_bytes: peak {m.peak.p95:g} (p95) is over the limit {m.limit:g}")
+    if m.limit > m.capacity:
+        out.append(f"prediction.memory_bytes.limit: {m.limit:g} is over the capacity {m.capacity:g}")
+    s = plan.solver
+    if s.space != s.pruned_by_memory + s.pruned_by_bound + s.evaluated:
+        out.append(f"solver: {s.pruned_by_memory} + {s.pruned_by_bound} + {s.evaluated} layouts are not the {s.space} of the space")
+    if plan.alternatives and plan.alternatives[0].layout != plan.layout:
+        out.append("alternatives[0].layout: the first alternative is the solution")
+    return out
