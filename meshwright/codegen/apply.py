@@ -201,12 +201,14 @@ class Parallel:
 
     def _pipeline(self, batch: list[Tensor], labels: Tensor) -> Tensor:
         assert self.schedule is not None
-        zero, found = self.plan.layout.zero, []
+        zero = self.plan.layout.zero
+        found: list[Tensor] = []
         managed = isinstance(self.stage, FSDPModule) and zero >= 2
         if managed:
             self.stage.set_reshard_after_backward(zero == 3)  # type: ignore[operator]
         inputs = tuple(batch) if self.is_first else ()
-        self.schedule.step(*inputs, **({"target": labels, "losses": found} if self.is_last else {}))
+        keywords: dict[str, Any] = {"target": labels, "losses": found} if self.is_last else {}
+        self.schedule.step(*inputs, **keywords)
         if managed:
             reshard(self.stage)
         return torch.stack(found).sum().detach() if found else torch.zeros((), device=labels.device)

@@ -197,7 +197,7 @@ class _Writer:
         if x.tp > 1:
             lines.append(f"from runtime.tensor_parallel import Local{', convert' if self.converts else ''}")
         if self.hf:
-            lines.append("from runtime.weights import blank, fill")
+            lines.append("from runtime.weights import allocate, blank, fill")
         return lines
 
     def _tables(self) -> str:
@@ -297,7 +297,7 @@ class _Writer:
     def _weights(self, span: str) -> list[str]:
         """Lines that fill the parameters layer by layer, and the modules outside the layers one by one."""
         program, m = self.program, self.plan.model
-        lines = ["stage.to_empty(device=device)"]
+        lines = ["allocate(stage, device)"]
         outside = [""]
         if program is not None:
             outside = list(dict.fromkeys(modules_of((*program.stem, *program.side, *program.head))))
@@ -313,7 +313,7 @@ class _Writer:
             lines.append(f"units = {units}{literal(outside)}")
         packed = self._packed(span)
         lines += packed
-        seeds = {}
+        seeds: dict[str, str] = {}
         for group in m.tied:
             owners = [n.rpartition(".")[0] for n in group]
             seeds |= {o: owners[0] for o in owners[1:] if o in outside}
@@ -348,7 +348,9 @@ class _Writer:
         else:
             labels = {"sample": 'made["labels"]', "shift": "inputs[0].roll(-1, 1)"}.get(m.labels_from, "torch.zeros(1)")
             positional = all(_positional(i.name) for i in m.inputs)
-            inputs = "[made] if isinstance(made, Tensor) else list(made)" if positional else f"[made[k] for k in {literal([i.name for i in m.inputs])}]"
+            inputs = (
+                "[made] if isinstance(made, Tensor) else list(made)" if positional else f"[made[k] for k in {literal([i.name for i in m.inputs])}]"
+            )
             rows = [
                 "torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + index)", "made = sample(1, SEQ)", f"inputs = {inputs}",
                 f"rows.append((*inputs, {labels}))",
@@ -375,14 +377,15 @@ class _Writer:
         x = self.x
         managed = self.fsdp and x.pp > 1 and x.zero >= 2
         start = [
-            f"names = {DIMS}", "self.mesh = init_device_mesh(device.type, (PP, REPLICATE, SHARD, TP), mesh_dim_names=names)",
+            f"names = {DIMS}",
+            "self.mesh = init_device_mesh(device.type, (PP, REPLICATE, SHARD, TP), mesh_dim_names=names)",
             "self.stage, self.device, self.seed = parallelize(self.mesh, device, seed), device, seed",
             'self.rank = self.mesh["replicate"].get_local_rank() * SHARD + self.mesh["shard"].get_local_rank()',
         ]
         if x.pp > 1:
             start += [f"self.stage.set_reshard_after_backward({x.zero == 3})"] if managed else []
             start += [
-                f"stage, pp = {'PerMicrobatch(self.stage)' if managed else 'self.stage'}, self.mesh[\"pp\"]",
+                f'stage, pp = {"PerMicrobatch(self.stage)" if managed else "self.stage"}, self.mesh["pp"]',
                 "held = PipelineStage(stage, pp.get_local_rank(), PP, device, group=pp.get_group())",
                 "self.schedule = Schedule1F1B(held, MICROBATCHES, loss_fn=self.loss, scale_grads=False)",
             ]
@@ -428,4 +431,3 @@ class _Writer:
 def _positional(name: str) -> bool:
     """Inputs without a name in the sample are numbered."""
     return name.startswith("input_") and name[6:].isdigit()
-

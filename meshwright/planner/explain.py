@@ -130,13 +130,17 @@ def does_not_fit(search: Search, i: int, live: float, ends: list[int]) -> str:
     return f"needs {p95 / GIB:.1f} GiB at best ({largest}), with {search.layouts[i]}"
 
 
+def _value(choice: Any) -> Any:
+    return ("off", "on")[choice] if isinstance(choice, bool) else choice
+
+
 def difference(search: Search, best: Candidate, other: Candidate) -> str:
     """What another layout spends more on than the best one."""
     ours, theirs = time_parts(search, best), time_parts(search, other)
     more = {k: theirs.get(k, 0.0) - ours.get(k, 0.0) for k in {*ours, *theirs}}
     name, seconds = max(more.items(), key=lambda x: (x[1], x[0]))
     changed = [
-        f"{k}={getattr(other.layout, k)}"
+        f"{k}={_value(getattr(other.layout, k))}"
         for k in ("tp", "sp", "pp", "dp", "zero", "micro_batch", "recompute")
         if getattr(other.layout, k) != getattr(best.layout, k)
     ]

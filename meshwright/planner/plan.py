@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,7 @@ from meshwright.profiling.cluster import Cluster, first_error
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import Coverage, ModelInput, Statement
 
-SCHEMA = "meshwright.plan/1"
+SCHEMA: Final = "meshwright.plan/1"
 Count = Annotated[int, Field(ge=1)]
 Bytes = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -326,6 +326,8 @@ def _verify_layout(plan: Plan) -> list[str]:
         out.append(f"solution.layout: tp {x.tp} x pp {x.pp} x dp {x.dp} is {x.devices} devices, the cluster has {plan.cluster.size}")
     if w.global_batch % (x.dp * x.micro_batch):
         out.append(f"solution.layout: dp {x.dp} x micro_batch {x.micro_batch} does not divide the global batch {w.global_batch}")
+    elif plan.microbatches < x.pp:
+        out.append(f"solution.layout: {plan.microbatches} microbatches are fewer than pp {x.pp} stages, and 1F1B needs as many")
     if x.sp and x.tp == 1:
         out.append("solution.layout.sp: sequence parallelism needs tp > 1")
     if x.zero and x.dp == 1:

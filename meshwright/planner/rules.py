@@ -33,10 +33,10 @@ PRODUCTS: dict[str, tuple[dict[str, str], str]] = {
 }  # fmt: skip
 
 # Elementwise ops through which a partial sum passes: f(a + b) = f(a) + f(b).
-LINEAR = frozenset("to _to_copy type_as neg contiguous clone alias detach div mul add sub dropout".split())
-REDUCTIONS = frozenset("mean sum amax amin softmax _softmax log_softmax cumsum norm linalg_vector_norm var std".split())
+LINEAR = frozenset(["to", "_to_copy", "type_as", "neg", "contiguous", "clone", "alias", "detach", "div", "mul", "add", "sub", "dropout"])
+REDUCTIONS = frozenset(["mean", "sum", "amax", "amin", "softmax", "_softmax", "log_softmax", "cumsum", "norm", "linalg_vector_norm", "var", "std"])
 NORMS = frozenset(("layer_norm", "rms_norm"))
-RESHAPES = frozenset("view reshape flatten unflatten _unsafe_view".split())
+RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def strategies(op: Op, block: Block, ranks: int, pieces: tuple[int, ...] = (1,))
         found.append(Strategy(tuple(R for _ in op.inputs), tuple(R for _ in op.outputs)))
     if name in LINEAR and not any(params) and (len(op.inputs) > 1 or name not in ("add", "sub")) and name not in ("mul", "div", "dropout"):
         found.append(Strategy(tuple(P for _ in op.inputs), tuple(P for _ in op.outputs)))
-    elif name in ("mul", "div") and len(op.inputs) == 1:
-        found.append(Strategy((P,), (P,)))
-    elif name == "dropout" and not op.args.get("p"):
+    elif name in ("mul", "div") and len(op.inputs) == 1 or name == "dropout" and not op.args.get("p"):
         found.append(Strategy((P,), (P,)))
     elif op.kind == "view" and name not in ("split", "chunk", "unbind", "split_with_sizes", "tensor_split"):
         found.append(Strategy(tuple(P for _ in op.inputs), tuple(P for _ in op.outputs)))

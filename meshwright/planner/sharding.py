@@ -83,7 +83,11 @@ class _Problem:
                 self.unknown.append(op.target)
             if op.module == LOSS and not sharded_loss:
                 ways = ways[:1]
-            ways = [w for w in ways if all(stored.get(v[6:], _stored(s)) == _stored(s) for v, s in zip(op.inputs, w.ins, strict=True) if v.startswith("param:"))]
+            ways = [
+                w
+                for w in ways
+                if all(stored.get(v[6:], _stored(s)) == _stored(s) for v, s in zip(op.inputs, w.ins, strict=True) if v.startswith("param:"))
+            ]
             self.ways[op.name] = [_without_gradient_states(op, block, s) for s in ways]
         self.consumers: dict[str, list[tuple[Op, int]]] = defaultdict(list)
         for op in block.ops:
@@ -97,11 +101,7 @@ class _Problem:
         import pulp
 
         model = pulp.LpProblem("sharding", pulp.LpMinimize)
-        x = {
-            (op.name, k): pulp.LpVariable(f"x_{op.name}_{k}", cat="Binary")
-            for op in self.block.ops
-            for k in range(len(self.ways[op.name]))
-        }
+        x = {(op.name, k): pulp.LpVariable(f"x_{op.name}_{k}", cat="Binary") for op in self.block.ops for k in range(len(self.ways[op.name]))}
         for op in self.block.ops:
             model += pulp.lpSum(x[op.name, k] for k in range(len(self.ways[op.name]))) == 1, f"one_way_{op.name}"
         leave: dict[tuple[str, State, State], Any] = {}
@@ -273,7 +273,9 @@ class _Problem:
 
     # -- the answer
 
-    def _result(self, choice: dict[str, Strategy], exits: dict[str, tuple[State, State]], entries: dict[tuple[str, Site], tuple[State, State]]) -> ShardedBlock:
+    def _result(
+        self, choice: dict[str, Strategy], exits: dict[str, tuple[State, State]], entries: dict[tuple[str, Site], tuple[State, State]]
+    ) -> ShardedBlock:
         block, t = self.block, self.ranks
         params: dict[str, str] = {}
         for op in block.ops:
@@ -292,9 +294,9 @@ class _Problem:
             assert site is not None
             conversions.append(Conversion(value=v, source=str(s), target=str(to), module=site.module, argument=site.argument, entry=site.entry))
             size = block.spec_of(v).amount
-            for op_name, phase in zip(CONVERSIONS[s.kind, to.kind], ("forward", "backward"), strict=True):
-                if op_name and (phase == "forward" or _has_gradient(block, v)):
-                    collectives.append(Collective(op=op_name, amount=size, phase=phase, value=v))  # type: ignore[arg-type]
+            for collective, phase in zip(CONVERSIONS[s.kind, to.kind], ("forward", "backward"), strict=True):
+                if collective and (phase == "forward" or _has_gradient(block, v)):
+                    collectives.append(Collective(op=collective, amount=size, phase=phase, value=v))  # type: ignore[arg-type]
             if s.sharded and not to.sharded:
                 gathered.add(v)
         for op in block.ops:

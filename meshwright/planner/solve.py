@@ -14,7 +14,20 @@ from meshwright.costmodel.pipeline import Event, makespan, simulate
 from meshwright.costmodel.step import SPREAD
 from meshwright.planner.explain import GIB, bottleneck, does_not_fit, memory_parts, time_parts, why_not
 from meshwright.planner.plan import (
-    SCHEMA, Alternative, Certificate, CreatedBy, Layout, Memory, ModelRef, Plan, Prediction, Range, Rejected, Solution, Stage, Workload,
+    SCHEMA,
+    Alternative,
+    Certificate,
+    CreatedBy,
+    Layout,
+    Memory,
+    ModelRef,
+    Plan,
+    Prediction,
+    Range,
+    Rejected,
+    Solution,
+    Stage,
+    Workload,
 )  # fmt: skip
 from meshwright.planner.search import Candidate, Outcome, Search
 from meshwright.planner.sharding import NotShardable

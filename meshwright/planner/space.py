@@ -110,9 +110,12 @@ class Space:
         zeros = [z for z in (range(4) if dp > 1 else (0,)) if self.fixed.get("zero", z) == z]
         recomputes = [r for r in (RECOMPUTE if layers else ("none",)) if self.fixed.get("recompute", r) == r]
         for micro_batch in self._degrees("micro_batch", self.workload.global_batch // dp):
+            if self.workload.global_batch // (dp * micro_batch) < pp:
+                self.skipped[f"pp={pp}, dp={dp}: 1F1B needs at least as many microbatches as stages"] += 1
+                continue
             for zero in zeros:
                 for recompute in recomputes:
-                    yield Layout(tp=tp, sp=sp, pp=pp, dp=dp, zero=zero, micro_batch=micro_batch, recompute=recompute)
+                    yield Layout(tp=tp, sp=sp, pp=pp, dp=dp, zero=zero, micro_batch=micro_batch, recompute=recompute)  # type: ignore[arg-type]
 
     def layouts(self) -> list[Layout]:
         """All layouts; InputError, with the reason that excluded most, if there is none."""

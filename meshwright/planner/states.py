@@ -32,7 +32,7 @@ class State(NamedTuple):
         return self.kind == "S"
 
 
-I = State("I")  # noqa: E741  (the field's letter)
+I = State("I")  # noqa: E741
 R = State("R")
 P = State("P")
 

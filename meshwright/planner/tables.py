@@ -114,10 +114,14 @@ def _with_conversions(statements: list[Statement], block: ShardedBlock, names: d
             raise NotShardable(f"{c.argument} is not a value of the code around the layers")
         converted = f"{name}_{c.target.lower()}"
         user = statements[at]
-        args, kwargs = _map_refs((user.args, user.kwargs), lambda r: converted if r == name else r)
+        args, kwargs = _map_refs((user.args, user.kwargs), _renamer(name, converted))
         statements[at] = user.model_copy(update={"args": tuple(args), "kwargs": kwargs})
         statements.insert(at, Statement(target=target, args=({"ref": name},), outputs=(converted,)))
     return statements
+
+
+def _renamer(old: str, new: str) -> Callable[[str], str]:
+    return lambda name: new if name == old else name
 
 
 def _map_refs(x: Any, f: Callable[[str], str]) -> Any:
@@ -129,7 +133,7 @@ def _map_refs(x: Any, f: Callable[[str], str]) -> Any:
 
 
 def _with_batch(program: StageProgram, micro_batch: int) -> StageProgram:
-    """"B*<n>" becomes n times the microbatch."""
+    """ "B*<n>" becomes n times the microbatch."""
 
     def fill(x: Any) -> Any:
         if isinstance(x, str) and x.startswith("B*"):

@@ -14,7 +14,14 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from meshwright.profiling.graph import (
-    Amount, Block, BlockInput, ModuleCall, Op, Parameter, Storage, TensorSpec, Work,
+    Amount,
+    Block,
+    BlockInput,
+    ModuleCall,
+    Op,
+    Parameter,
+    Storage,
+    Work,
 )  # fmt: skip
 from meshwright.profiling.joint import Batch, Joint, is_identity, resolve, skipped, users
 from meshwright.profiling.kinds import dims_of, kind_of, op_name
@@ -94,9 +101,7 @@ def segments(exported: Any, layers: Sequence[str]) -> list[Segment]:
     return [s for s in found if s.nodes or s.path]
 
 
-def make_block(
-    number: int, segment: Segment, exported: Any, joint: Joint, module: nn.Module, nm: Naming, batch: Batch, carry: Node | None
-) -> Block:
+def make_block(number: int, segment: Segment, exported: Any, joint: Joint, module: nn.Module, nm: Naming, batch: Batch, carry: Node | None) -> Block:
     """One Block from one segment: ops with work, saved bytes and literals, named relative to the segment's module."""
     mine = {n.name for n in segment.nodes}
 
@@ -117,7 +122,9 @@ def make_block(
             kind, _, path = name.partition(":")
             path = nm.own_name(path, user) if kind == "param" else path
             t = nm.params[path] if kind == "param" else node.meta["val"]
-            tensors[kind][rel(path)] = Parameter(name=rel(path), shape=tuple(t.shape), dtype=batch.spec(t).dtype, trainable=kind == "param" and t.requires_grad)
+            tensors[kind][rel(path)] = Parameter(
+                name=rel(path), shape=tuple(t.shape), dtype=batch.spec(t).dtype, trainable=kind == "param" and t.requires_grad
+            )
             return f"{kind}:{rel(path)}"
         if name.partition(":")[0] in mine:
             return name
@@ -126,7 +133,8 @@ def make_block(
             role = "carry" if node is carry else "batch" if name.startswith("input:") else "side"
             val = node.meta["val"]
             block_inputs.append(
-                BlockInput(spec=batch.spec(val), role=role, source=name, data=depends_on_data(node), requires_grad=_requires_grad(node, nm))
+                BlockInput(spec=batch.spec(val), role=role,  # type: ignore[arg-type]
+                    source=name, data=depends_on_data(node), requires_grad=_requires_grad(node, nm))
             )  # fmt: skip
         return ins[node]
 
@@ -134,7 +142,9 @@ def make_block(
         value(carry)
     for node in segment.nodes:
         ops.append(_make_op(node, value, rel, module, nm, batch))
-    ops = _with_literals(_with_work(ops, joint, mine), {rel(path): calls for path, calls in nm.literals.items() if path.startswith(segment.path or ROOT)})
+    ops = _with_literals(
+        _with_work(ops, joint, mine), {rel(path): calls for path, calls in nm.literals.items() if path.startswith(segment.path or ROOT)}
+    )
     ops, merged = _copies_as_cat(ops)
     # What leaves: values that a later op (or the loss) reads; a layer's own return value first.
     returned = _returned(exported, segment.path)
@@ -222,7 +232,8 @@ def _copies_as_cat(ops: list[Op]) -> tuple[list[Op], dict[str, str]]:
     Returns the ops and, for each op that was merged, the op that stands for it.
     """
     by_name = {op.name: op for op in ops}
-    out, stands_for = list(ops), {}
+    out = list(ops)
+    stands_for: dict[str, str] = {}
     for op in ops:
         if _named(op) not in ("new_empty", "empty", "empty_like"):
             continue
@@ -368,9 +379,7 @@ def _returned(exported: Any, path: str) -> list[Node]:
     return [resolve(nodes[a.name]) for a in signature.outputs if getattr(a, "name", "") in nodes]
 
 
-def _calls(
-    exported: Any, segment: Segment, nm: Naming, value: Any, rel: Any, mine: set[str], ins: dict[Node, str]
-) -> list[ModuleCall]:
+def _calls(exported: Any, segment: Segment, nm: Naming, value: Any, rel: Any, mine: set[str], ins: dict[Node, str]) -> list[ModuleCall]:
     """Calls of submodules that are called once inside the segment, with the block's own value names."""
     nodes = _by_name(exported)
     touched: list[str] = []

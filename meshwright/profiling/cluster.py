@@ -173,9 +173,7 @@ class Cluster(_Model):
             inside = homes == np.roll(homes, -1, axis=1)
             node_link = _measured(node_link, pairs[inside])
             network_link = _measured(network_link, pairs[~inside])
-        return Group(
-            size=rows.shape[1], nodes=len(counts), per_node=int(counts.max()), node_link=node_link, network_link=network_link
-        )
+        return Group(size=rows.shape[1], nodes=len(counts), per_node=int(counts.max()), node_link=node_link, network_link=network_link)
 
 
 def _measured(link: Link, bandwidths: np.ndarray) -> Link:

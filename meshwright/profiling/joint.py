@@ -106,7 +106,7 @@ def trace_joint(exported: Any, kwargs: dict[str, Any], batch: Batch) -> Joint:
 
 def _as_opaque_ops(module: GraphModule) -> dict[str, str]:
     """Replaces attention and the negative log-likelihood by our own ops; returns {new node name: exported node name}."""
-    from meshwright.profiling import ops  # noqa: F401  (registers them)
+    from meshwright.profiling import ops  # noqa: F401
 
     aten, ours = torch.ops.aten, torch.ops.meshwright
     renamed = {}
@@ -257,9 +257,7 @@ def _attribute(graph: Graph, exported: Any, renamed: dict[str, str], batch: Batc
         for t in outs:
             roots[node].add(len(joint.allocations))
             joint.allocations.append(Allocation(owner[node], batch.amount(_nbytes(t)), time, time, backward, backward))
-        joint.kernels.append(
-            Kernel(owner[node], backward, batch.amount(kernel_flops(node)), _byte_amount(node, batch))
-        )
+        joint.kernels.append(Kernel(owner[node], backward, batch.amount(kernel_flops(node)), _byte_amount(node, batch)))
         time += 1
     return joint
 

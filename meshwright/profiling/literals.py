@@ -8,6 +8,7 @@ the first run, so that the rest of the forward goes on as before.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,11 +77,9 @@ def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
             value = vars(module).get(name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 2:
                 continue
-            with mock.patch.object(module, name, 2 * value), _Recorder(first.calls) as again:
-                try:
-                    module.forward(*args, **kwargs)
-                except Exception:
-                    pass  # the attribute is more than a size; what was recorded before it failed still counts
+            # the attribute may be more than a size; what was recorded before it failed still counts
+            with mock.patch.object(module, name, 2 * value), _Recorder(first.calls) as again, contextlib.suppress(Exception):
+                module.forward(*args, **kwargs)
             moved = [
                 (call, i, y == 2 * x)
                 for call, after in zip(first.calls, again.calls, strict=False)
@@ -115,9 +114,7 @@ def attributes_read(cls: type) -> tuple[str, ...]:
     return _READ[cls]
 
 
-def probe_all(
-    model: nn.Module, args: Iterable[Tensor], kwargs: dict[str, Tensor]
-) -> tuple[dict[str, list[Call]], frozenset[str]]:
+def probe_all(model: nn.Module, args: Iterable[Tensor], kwargs: dict[str, Tensor]) -> tuple[dict[str, list[Call]], frozenset[str]]:
     """Runs the model once on meta and probes every module that is called once.
 
     Returns the sized calls of each one's forward, its submodules' included, by path, and the paths that are called once.
@@ -127,9 +124,7 @@ def probe_all(
     for path, m in model.named_modules():
         if path == "":
             continue
-        handles.append(
-            m.register_forward_pre_hook(lambda _, a, k, path=path: seen.setdefault(path, []).append((a, dict(k))), with_kwargs=True)
-        )
+        handles.append(m.register_forward_pre_hook(lambda _, a, k, path=path: seen.setdefault(path, []).append((a, dict(k))), with_kwargs=True))
     try:
         with torch.no_grad():
             model(*args, **kwargs)

@@ -59,9 +59,7 @@ def load(source: str, *, batch: int, seq: int, precision: str, sample: str | Non
         return _load_hf(path, batch=batch, seq=seq, precision=precision)
     if ":" not in source:
         what = "does not exist" if not path.exists() else "is neither a config.json nor a folder with one"
-        raise InputError(
-            f"{source} {what}: name a config.json, its folder, path/to/file.py:factory or package.module:factory"
-        )
+        raise InputError(f"{source} {what}: name a config.json, its folder, path/to/file.py:factory or package.module:factory")
     return _load_factory(source, batch=batch, seq=seq, precision=precision, sample=sample)
 
 
@@ -118,7 +116,7 @@ def hf_class(config: Any, where: str) -> type[nn.Module]:
         transformers.AutoModelForImageClassification,
     ):
         if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]  # type: ignore[no-any-return]
+            return auto._model_mapping[type(config)]  # type: ignore[return-value]
     raise InputError(f"{where}: no model with a loss for model_type {config.model_type!r}; set 'architectures'")
 
 
@@ -141,24 +139,25 @@ def _load_hf(path: Path, *, batch: int, seq: int, precision: str) -> Loaded:
     name = path.name if path.is_dir() else path.stem if path.stem != "config" else path.resolve().parent.name
     _check_positions(module, seq, str(path))
     cls = type(module).__name__
-    long = {"dtype": torch.long, "device": "meta"}
+    long: dict[str, Any] = {"dtype": torch.long, "device": "meta"}
     vocab = getattr(config.get_text_config(), "vocab_size", 2)
-    kwargs: dict[str, Tensor] = {"input_ids": torch.zeros(batch, seq, **long)}  # type: ignore[arg-type]
+    kwargs: dict[str, Tensor] = {"input_ids": torch.zeros(batch, seq, **long)}
     high = {"input_ids": vocab, "labels": vocab}
-    labels = torch.zeros(batch, seq, **long)  # type: ignore[arg-type]
+    labels = torch.zeros(batch, seq, **long)
     labels_from = "random"
     if getattr(module, "main_input_name", "input_ids") == "pixel_values":
         size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
         kwargs = {"pixel_values": torch.zeros(batch, config.num_channels, *size, dtype=DTYPES[precision], device="meta")}
         high = {"labels": config.num_labels}
-        labels = torch.zeros(batch, **long)  # type: ignore[arg-type]
+        labels = torch.zeros(batch, **long)
     elif getattr(config, "is_encoder_decoder", False):
-        kwargs["decoder_input_ids"] = torch.zeros(batch, seq, **long)  # type: ignore[arg-type]
+        kwargs["decoder_input_ids"] = torch.zeros(batch, seq, **long)
         high["decoder_input_ids"] = vocab
     elif cls.endswith(("ForCausalLM", "LMHeadModel")):
         labels_from = "shift"
     elif not cls.endswith("ForMaskedLM"):
-        raise InputError(f"{path}: {cls} has no training objective here; use a causal, masked, sequence-to-sequence or image-classification head")  # fmt: skip
+        heads = "causal, masked, sequence-to-sequence or image-classification"
+        raise InputError(f"{path}: {cls} has no training objective here; use a {heads} head")
     loaded = Loaded(
         name=name, source=str(path), origin="hf", module=module, args=(), kwargs=kwargs, labels=labels,
         objective="cross_entropy", labels_from=labels_from, loss=cross_entropy, high=high,
@@ -194,7 +193,8 @@ def import_target(target: str) -> tuple[ModuleType, Any]:
             module = sys.modules[key]
         else:
             spec = importlib.util.spec_from_file_location(key, path)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[key] = module
             sys.path.insert(0, str(path.parent))

@@ -7,6 +7,7 @@ backward, and nothing else: calling one with real data is an error.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,17 +26,13 @@ def _only_shapes(name: str) -> RuntimeError:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T) v for q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]: output [b, h, s, e] and log-sum-exp [b, h, s]."""
     raise _only_shapes("attention")
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> tuple[Tensor, Tensor]:
     # Flash kernels write [b, s, h, e]; the transpose back is a view, so that the model's own .contiguous() copies nothing.
     out = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3], v.shape[-1])).transpose(-3, -2)
     return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -52,8 +49,8 @@ def attention_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    has_mask_grad = mask is not None and mask.is_floating_point()
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(mask) if has_mask_grad else q.new_empty(0)
+    of_mask = torch.empty_like(mask) if mask is not None and mask.is_floating_point() else q.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_mask
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -82,16 +79,12 @@ def _(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::selective_scan_backward", mutates_args=())
-def selective_scan_backward(
-    grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def selective_scan_backward(grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     raise _only_shapes("selective_scan_backward")
 
 
 @selective_scan_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(dt), torch.empty_like(a), torch.empty_like(b), torch.empty_like(c)
 
 
@@ -203,7 +196,18 @@ def hf_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _traced_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, D: Tensor | None = None, z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False, **_: Any) -> Tensor:  # fmt: skip
+def _traced_scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    **_: Any,
+) -> Tensor:
     """transformers' mamba_selective_scan with its loop over the sequence as one op."""
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[..., None]
@@ -250,18 +254,14 @@ def _experts_patches() -> list[Any]:
         return []
     if not hasattr(moe, "_can_use_grouped_mm"):
         return []
-    return [mock.patch.object(moe, "_can_use_grouped_mm", lambda *args, **kwargs: False)]
+    return [mock.patch.object(moe, "_can_use_grouped_mm", return_value=False)]
 
 
 def _scan_patches(model: nn.Module) -> list[Any]:
     import sys
 
     modules = {sys.modules[type(m).__module__] for m in model.modules()}
-    return [
-        mock.patch.object(module, "mamba_selective_scan", _traced_scan)
-        for module in modules
-        if hasattr(module, "mamba_selective_scan")
-    ]
+    return [mock.patch.object(module, "mamba_selective_scan", _traced_scan) for module in modules if hasattr(module, "mamba_selective_scan")]
 
 
 def _register_grouped_flops() -> None:
@@ -286,8 +286,6 @@ def _register_grouped_flops() -> None:
 
 def register_flops() -> None:
     """Adds the formulas that torch's FlopCounterMode lacks (grouped products of experts)."""
-    try:
+    with contextlib.suppress(ImportError):
         import transformers.integrations.moe  # noqa: F401
-    except ImportError:
-        pass
     _register_grouped_flops()

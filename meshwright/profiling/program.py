@@ -48,9 +48,7 @@ class _Call:
         return [n for _, n in self.ins if n is not None]
 
 
-def make_program(
-    exported: Any, module: nn.Module, root: str, layers: Sequence[str], all_layers: Sequence[str], nm: Naming, batch: Batch
-) -> Program:
+def make_program(exported: Any, module: nn.Module, root: str, layers: Sequence[str], all_layers: Sequence[str], nm: Naming, batch: Batch) -> Program:
     """The Program of the submodule `root` of the traced `module`, whose traced layers are `layers` and whose full list is `all_layers`.
 
     Raises NotSequential where the code between the layers does something, a layer takes what cannot be recomputed on
@@ -241,14 +239,10 @@ class _Walker:
                 raise NotSequential(f"{self._short(call.path)} returns a structure")
             outputs = tuple(self.name(call.outs[k]) if k in call.outs else "_" for k in keys)
             return Statement(target="module:" + self._short(call.path), args=args, kwargs=kwargs, outputs=outputs)
+        assert call.node is not None
         node = call.node
-        assert node is not None
         args = tuple(self._argument(a, rename) for a in node.args)
-        kwargs = {
-            k: self._argument(a, rename)
-            for k, a in node.kwargs.items()
-            if k not in ("layout", "pin_memory") and a is not None
-        }
+        kwargs = {k: self._argument(a, rename) for k, a in node.kwargs.items() if k not in ("layout", "pin_memory") and a is not None}
         if node.target is operator.getitem:
             return Statement(target=f"get:{node.args[1]}", args=args[:1], outputs=(self.name(node),))
         overload = getattr(node.target, "_overloadname", "default")
@@ -267,7 +261,7 @@ class _Walker:
 
 
 def _changes_nothing(node: Node) -> bool:
-    adds_zero = op_name(node.target) == "add" and len(node.args) == 2 and node.args[1] == 0
+    adds_zero = op_name(node.target) == "add" and len(node.args) == 2 and isinstance(node.args[1], int | float) and node.args[1] == 0
     return adds_zero or is_identity(node)
 
 

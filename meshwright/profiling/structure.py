@@ -35,9 +35,10 @@ def find_chains(model: nn.Module, args: Sequence[Tensor], kwargs: dict[str, Tens
     keep_alive: list[Any] = []
     with ExitStack() as stack:
         for container in lists.values():
+            log = calls[id(container)]
             for i, child in enumerate(container):
 
-                def hook(_: nn.Module, a: Any, k: Any, out: Any, log: Any = calls[id(container)], i: int = i) -> None:
+                def hook(_: nn.Module, a: Any, k: Any, out: Any, log: Any = log, i: int = i) -> None:
                     ins, outs = tree_leaves((a, k)), tree_leaves(out)
                     keep_alive.extend((ins, outs))
                     log.append((i, _ids(ins), _ids(outs)))

@@ -22,6 +22,7 @@ from meshwright.profiling.loading import Loaded, load, main_output, one_line
 from meshwright.profiling.program import NotSequential, make_program
 from meshwright.profiling.structure import Chain, find_chains, shortened
 
+
 class _TrainStep(nn.Module):
     """The model and its loss as one module: what is traced."""
 
@@ -89,11 +90,7 @@ def _assemble(
 ) -> ModelGraph:  # fmt: skip
     exported, joint = _two_programs(loaded, step, inputs, batch)
     nm = naming(exported, step, *probe_all(loaded.module, loaded.args, loaded.kwargs))
-    traced = {
-        _join(ROOT, chain.path, str(position)): (chain, index)
-        for chain in chains
-        for position, index in enumerate(chain.kept(copies))
-    }
+    traced = {_join(ROOT, chain.path, str(position)): (chain, index) for chain in chains for position, index in enumerate(chain.kept(copies))}
     parts = segments(exported, list(traced))
     if [p.path for p in parts if p.path] != list(traced):
         if copies:
@@ -122,9 +119,7 @@ def _assemble(
     )  # fmt: skip
 
 
-def _by_chain(
-    parts: list[Segment], made: list[Block], traced: dict[str, tuple[Chain, int]]
-) -> Iterator[tuple[Chain | None, list[Block]]]:
+def _by_chain(parts: list[Segment], made: list[Block], traced: dict[str, tuple[Chain, int]]) -> Iterator[tuple[Chain | None, list[Block]]]:
     """Blocks in order of execution, the layers of one chain together."""
     for chain, group in itertools.groupby(zip(parts, made, strict=True), key=lambda x: traced[x[0].path][0] if x[0].path else None):
         members = [block for _, block in group]

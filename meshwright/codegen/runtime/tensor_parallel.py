@@ -59,7 +59,9 @@ def moves(conversion: str) -> tuple[Move, Move]:
     """The collectives of a conversion, forward and backward."""
     source, target = conversion.split(">")
     dim = next((int(s[1:]) for s in (source, target) if s[0] == "S"), 0)
-    gather, scatter, cut = (functools.partial(f, dim=dim) for f in (_gather, _scatter, _slice))
+    gather: Move = functools.partial(_gather, dim=dim)
+    scatter: Move = functools.partial(_scatter, dim=dim)
+    cut: Move = functools.partial(_slice, dim=dim)
     return {
         "S>R": (gather, scatter),
         "S>I": (gather, cut),
@@ -131,7 +133,7 @@ class Local(ParallelStyle):
         if self.inputs:
             args = tuple(self._converted(self.inputs, str(i), a, mesh) for i, a in enumerate(args))
             kwargs = {k: self._converted(self.inputs, k, v, mesh) for k, v in kwargs.items()}
-        stored = []
+        stored: list[Any] = []
         try:
             for path, state in self.params.items():
                 owner, name = _owner(module, path)

@@ -19,6 +19,18 @@ def blank(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
+def allocate(stage: nn.Module, device: torch.device) -> None:
+    """Gives every tensor of `stage` memory, not yet filled; parameters that were one stay one."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, p in stage.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    stage.to_empty(device=device)
+    for first, *others in names.values():
+        for name in others:
+            owner, _, leaf = name.rpartition(".")
+            setattr(stage.get_submodule(owner), leaf, stage.get_parameter(first))
+
+
 @torch.no_grad()
 def fill(
     stage: nn.Module, template: nn.Module, units: Iterable[str], init: Callable[[nn.Module], None], seed: int, device: torch.device,
@@ -66,7 +78,7 @@ def gather_full(p: Tensor, packed: tuple[int, int] | None = None) -> Tensor:
     if not isinstance(p, DTensor):
         return p.detach()
     mesh = p.device_mesh
-    full = p.detach().full_tensor()
+    full: Tensor = p.detach().full_tensor()  # type: ignore[attr-defined]
     if packed is not None and "tp" in (mesh.mesh_dim_names or ()):
         full = unpack(full, *packed, mesh["tp"].size())
     return full

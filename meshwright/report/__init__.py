@@ -1,0 +1,1 @@
+"""How a Plan or a refusal is shown."""

@@ -1,0 +1,34 @@
+"""Shared fixtures: one tiny Llama, written and traced once per session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from meshwright.profiling.graph import ModelGraph
+from meshwright.profiling.trace import trace
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "vocab_size": 256, "max_position_embeddings": 128,
+}  # fmt: skip
+SEQ = 32
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.json of a tiny Llama: 4 layers of width 64, 8 heads, 4 key-value heads."""
+    path = tmp_path_factory.mktemp("models") / "llama.json"
+    config = LlamaConfig(**TINY)
+    config.architectures = ["LlamaForCausalLM"]
+    path.write_text(json.dumps(config.to_dict(), default=str))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_llama_config: Path) -> ModelGraph:
+    """The tiny Llama traced in fp32 at sequence 32."""
+    return trace(str(tiny_llama_config), seq=SEQ, precision="fp32")
