@@ -189,7 +189,7 @@ class Bound:
         per_forward = np.where(zero == 3, exposed(gather, forward), 0.0)
         regather = np.where(self.repeated, gather, 0.0)  # the root stays gathered between forward and backward
         per_backward = np.where(zero == 3, exposed(regather + scatter, backward), np.where(zero == 2, exposed(scatter, backward), 0.0))
-        per_backward = per_backward + np.where((zero < 2) & many, ACCUMULATE_BYTES * numel / memory_Bps, 0.0)
+        accumulation = np.where((zero < 2) & many, ACCUMULATE_BYTES * numel / memory_Bps, 0.0)
         # torch's pipeline schedules reduce after the last backward, with nothing left to hide behind
         alone = pp > 1
         reduced = np.where(zero == 0, reduce, np.where(zero == 1, scatter, 0.0))
@@ -200,9 +200,10 @@ class Bound:
             "forward": compute_f, "backward": self._b[t, :, k], "recompute": again,
             "tensor_parallel": self._cf[t, :, k] + self._cb[t, :, k] + self._cr[t, :, r, k],
             "data_parallel": per_forward + per_backward,
+            "accumulation": accumulation,
         }  # fmt: skip
         return Priced(
-            forward=forward + per_forward, backward=backward + per_backward, once=once + optimizer, parts=parts, optimizer=optimizer,
+            forward=forward + per_forward, backward=backward + per_backward + accumulation, once=once + optimizer, parts=parts, optimizer=optimizer,
             kept=self._kept[t, :, r, k], working=self._working[t, :, r, k],
             numel=numel, send=send, carry=carry,
         )  # fmt: skip

@@ -15,7 +15,8 @@ GIB = 2**30
 
 WORDS = {
     "forward": "forward", "backward": "backward", "recompute": "recompute", "tensor_parallel": "TP collectives",
-    "data_parallel": "DP traffic", "pipeline_transfers": "pipeline transfers", "pipeline_bubble": "pipeline bubble",
+    "data_parallel": "DP traffic", "accumulation": "gradient accumulation",
+    "pipeline_transfers": "pipeline transfers", "pipeline_bubble": "pipeline bubble",
     "reduce_and_gather": "gradient reduction", "optimizer": "optimizer",
 }  # fmt: skip
 
@@ -38,7 +39,8 @@ def time_parts(search: Search, candidate: Candidate) -> dict[str, float]:
     optimizer = float(search.priced.optimizer[i, search.stage_blocks(ends, last)].sum())
     parts["reduce_and_gather"] = costs[last].e - optimizer
     parts["optimizer"] = optimizer
-    return {k: v for k, v in parts.items() if v > 0}
+    total = sum(parts.values())
+    return {k: v for k, v in parts.items() if v > 1e-9 * total}
 
 
 def memory_parts(search: Search, cost: StageCost) -> dict[str, float]:

@@ -233,9 +233,7 @@ def _rejected(search: Search, outcome: Outcome) -> tuple[Rejected, ...]:
     out = []
     over = c.pruned_by_memory + c.infeasible
     if over:
-        rows = search.too_large()
-        i = int(rows[search.memory_bounds[rows].argmin()])
-        live, ends = search.stages(i).least_memory()
+        i, live, ends = search.least_memory(search.too_large())
         out.append(Rejected(constraint="memory", count=over, example=does_not_fit(search, i, live, ends)))
     if c.pruned_by_bound:
         out.append(Rejected(constraint="step time bound", count=c.pruned_by_bound, example="no cut into stages can beat the layouts shown"))
@@ -286,7 +284,7 @@ def _more_nodes(search: Search, limit_bytes: float, most: int = 4096) -> Nearest
     node = space.cluster.nodes[0]
 
     def solve(count: int) -> tuple[Search, Candidate] | None:
-        bigger = space.cluster.model_copy(update={"nodes": (Node(device=node.device, devices=node.devices, count=count),)})
+        bigger = Cluster(name=space.cluster.name, nodes=(Node(device=node.device, devices=node.devices, count=count),), links=space.cluster.links)
         try:
             tried = Search(Space(space.graph, bigger, space.workload, space.fixed), limit_bytes)
         except (InputError, NotShardable):

@@ -111,7 +111,7 @@ class Space:
         recomputes = [r for r in (RECOMPUTE if layers else ("none",)) if self.fixed.get("recompute", r) == r]
         for micro_batch in self._degrees("micro_batch", self.workload.global_batch // dp):
             if self.workload.global_batch // (dp * micro_batch) < pp:
-                self.skipped[f"pp={pp}, dp={dp}: 1F1B needs at least as many microbatches as stages"] += 1
+                self.skipped["microbatches < pp: 1F1B needs at least as many microbatches as stages"] += 1
                 continue
             for zero in zeros:
                 for recompute in recomputes:

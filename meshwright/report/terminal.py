@@ -41,9 +41,9 @@ def render_infeasible(refusal: Infeasible) -> str:
     over = refusal.needs_bytes - refusal.limit_bytes
     w, c = refusal.workload, refusal.solver
     lines = [
-        f"No plan  {refusal.model} does not fit on {refusal.cluster}: {gib(refusal.needs_bytes)} needed at best, "
-        f"{gib(refusal.limit_bytes)} allowed, {gib(over)} too much",
-        f"         global batch {w.global_batch}, sequence {w.seq}, {w.precision}; {c.space:,} layouts, none fits, proven in {c.seconds:.1f} s",
+        f"No plan  {refusal.model} does not fit on {refusal.cluster}: {gib(over)} too much on a rank",
+        f"         {gib(refusal.needs_bytes)} needed at best, {gib(refusal.limit_bytes)} allowed",
+        f"         global batch {w.global_batch}, sequence {w.seq}, {w.precision}; none of {c.space:,} layouts fits, proven in {c.seconds:.1f} s",
         "Least",
         *_paragraph(refusal.least, "  "),
     ]
@@ -106,6 +106,11 @@ def gib(bytes_: float) -> str:
     return f"{bytes_ / GIB:.1f} GiB" if bytes_ >= 0.1 * GIB else f"{bytes_ / 2**20:.1f} MiB"
 
 
+def count(n: int) -> str:
+    """A number of parameters for a reader."""
+    return f"{n / 1e9:.4g} B" if n >= 1e9 else f"{n / 1e6:.4g} M"
+
+
 def seconds(s: float) -> str:
     """Seconds for a reader."""
     return f"{s:.3g} s" if s >= 0.1 else f"{s * 1e3:.3g} ms"
@@ -130,7 +135,7 @@ def _answer(plan: Plan) -> str:
             f"      step {seconds(step.p50)} [{step.p05:.3g}-{step.p95:.3g}]   {p.tokens_per_s:,.0f} tokens/s   MFU {p.mfu:.0%}   "
             f"peak {gib(m.peak.p50)} of {gib(m.capacity)} [p95 {gib(m.peak.p95)}]",
             f"      {s.space:,} layouts, {s.pruned_by_memory + s.infeasible:,} do not fit, {proof}, {s.seconds:.1f} s; bound by {rest}",
-            f"      {plan.model.name} ({plan.model.numel / 1e9:,.4g} B parameters) on {plan.cluster.name}; batch {w.global_batch}, "
+            f"      {plan.model.name} ({count(plan.model.numel)} parameters) on {plan.cluster.name}; batch {w.global_batch}, "
             f"sequence {w.seq}, {w.precision}",
         ]
     )

@@ -31,10 +31,7 @@ def test_ring_on_one_tier(n: int, nbytes: float, network: bool) -> None:
     assert seconds("all_gather", nbytes, flat) == pytest.approx(ring)
     assert seconds("reduce_scatter", nbytes, flat) == pytest.approx(ring)
     assert seconds("all_reduce", nbytes, flat) == pytest.approx(2 * ring)
-    each = (n - 1) * link.latency_s + nbytes / n * (n - 1) / n / link.bandwidth_Bps
-    if not network:
-        each = (n - 1) * (link.latency_s + nbytes / n / link.bandwidth_Bps)
-        assert seconds("all_to_all", nbytes, flat) == pytest.approx(each)
+    assert seconds("all_to_all", nbytes, flat) == pytest.approx((n - 1) * (link.latency_s + nbytes / n / link.bandwidth_Bps))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -83,9 +83,9 @@ def test_bounds_never_exceed_what_they_bound(tiny_llama: ModelGraph) -> None:
 def test_step_grows_with_layers_and_batch(tiny_llama: ModelGraph) -> None:
     """The same layout takes longer, and no less memory, with more layers; and longer with a larger batch."""
     few, many, batch = search(tiny_llama, 4), search(tiny_llama, 8), search(tiny_llama, 4, 32)
-    assert few.layouts == many.layouts
+    assert set(few.layouts) < set(many.layouts)
     for i, x in enumerate(few.layouts):
-        a, b = few.evaluate(i), many.evaluate(i)
+        a, b = few.evaluate(i), many.evaluate(many.layouts.index(x))
         assert a is not None
         assert b is not None
         assert b.step_s > a.step_s

@@ -17,7 +17,10 @@ _WIDTHS = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
     "vocab_size": 64, "max_position_embeddings": 32,
 }  # fmt: skip
-_GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GPT2 = {
+    "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
 _MIXER = '''"""A tiny MLP-Mixer that sees 16 patches."""
 
 import torch

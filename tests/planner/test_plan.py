@@ -1,0 +1,151 @@
+"""The plan document: round trip, verification, and what a broken file is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.planner.plan import Plan
+from meshwright.planner.solve import plan as make_plan
+from meshwright.profiling.errors import InputError
+from meshwright.profiling.graph import ModelGraph
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_llama: ModelGraph) -> Plan:
+    """The tiny Llama on tp=2, pp=2 of eight GPUs: every part of a plan is in use."""
+    made = make_plan(tiny_llama, "8xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"tp": 2, "pp": 2, "zero": 3})
+    assert isinstance(made, Plan)
+    return made
+
+
+def test_round_trip(plan: Plan, tmp_path: Path) -> None:
+    """A saved plan loads as the same plan, and writes the same text again."""
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    loaded = Plan.load(path)
+    assert loaded.to_json() == plan.to_json() == path.read_text()
+    assert loaded.layout == plan.layout
+    assert plan.verify() == []
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def put(value: Any, *where: str | int) -> Edit:
+    def edit(data: dict[str, Any]) -> None:
+        at: Any = data
+        for key in where[:-1]:
+            at = at[key]
+        assert at[where[-1]] != value
+        at[where[-1]] = value
+
+    return edit
+
+
+EDITS: dict[str, tuple[Edit, str]] = {
+    "degree": (put(4, "solution", "layout", "tp"), "solution.layout"),
+    "batch": (put(7, "workload", "global_batch"), "solution.layout"),
+    "sp without tp": (lambda d: d["solution"]["layout"].update(tp=1, sp=True, dp=4), "solution.layout.sp"),
+    "mesh": (put(99, "solution", "mesh", "shard"), "solution.mesh"),
+    "stage gap": (put([3, 4], "solution", "stages", 1, "layers"), "solution.stages[1].layers"),
+    "stage missing": (lambda d: d["solution"]["stages"].pop(), "solution.stages"),
+    "layers lost": (put([2, 3], "solution", "stages", 1, "layers"), "solution.stages"),
+    "layer paths": (lambda d: d["model"]["layer_paths"].pop(), "model.layer_paths"),
+    "no program": (put(None, "solution", "program"), "solution.program"),
+    "output never made": (put("nowhere", "solution", "program", "output"), "solution.program.output"),
+    "program target": (put("eval:1", "solution", "program", "stem", 0, "target"), "solution.program.stem[0].target"),
+    "layer twice": (lambda d: d["solution"]["layer_shardings"].append(d["solution"]["layer_shardings"][0]), "solution.layer_shardings"),
+    "memory parts": (lambda d: d["prediction"]["memory_bytes"]["by_kind"].update(extra=1e9), "prediction.memory_bytes.by_kind"),
+    "time parts": (lambda d: d["prediction"]["time_s"].update(extra=1.0), "prediction.time_s"),
+    "quantiles": (put(1e9, "prediction", "step_s", "p05"), "prediction.step_s"),
+    "limit": (put(1.0, "prediction", "memory_bytes", "limit"), "prediction.memory_bytes"),
+    "proof": (put(10**6, "solver", "space"), "solver"),
+    "first alternative": (put(9, "alternatives", 0, "layout", "micro_batch"), "alternatives[0].layout"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_are_caught(plan: Plan, name: str) -> None:
+    """A plan that was edited into a contradiction is refused, in one line that says where."""
+    edit, where = EDITS[name]
+    data = json.loads(plan.to_json())
+    edit(data)
+    broken = Plan.model_validate(data).verify()
+    assert any(b.startswith(f"{where}: ") for b in broken), broken
+    with pytest.raises(InputError, match="inconsistent") as caught:
+        Plan.from_json(json.dumps(data))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a plan of schema 'meshwright.plan/1' (found 'list')"),
+        ('{"schema": "meshwright.plan/0"}', "(found 'meshwright.plan/0')"),
+        ('{"schema": "meshwright.plan/1"}', "created_by is missing"),
+    ],
+)
+def test_broken_files_are_told_why(tmp_path: Path, text: str, words: str) -> None:
+    """A file that is no plan is refused in one sentence with its path and the reason."""
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        Plan.load(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_and_wrong_keys_are_named(plan: Plan) -> None:
+    """A key that plans do not have, or a value out of range, is named by its path."""
+    data = json.loads(plan.to_json())
+    data["solution"]["layout"]["zero"] = 7
+    with pytest.raises(InputError, match=r"solution\.layout\.zero"):
+        Plan.from_json(json.dumps(data))
+    data["solution"]["layout"]["zero"] = 3
+    data["solution"]["sauce"] = 1
+    with pytest.raises(InputError, match=r"solution\.sauce is not a known key"):
+        Plan.from_json(json.dumps(data))
+
+
+def test_missing_files_are_named(plan: Plan, tmp_path: Path) -> None:
+    """A plan that does not exist, or a folder that does not, is named."""
+    with pytest.raises(InputError, match="does not exist"):
+        Plan.load(tmp_path / "none.json")
+    with pytest.raises(InputError, match="does not exist"):
+        plan.save(tmp_path / "none" / "plan.json")
+    with pytest.raises(InputError, match="is a folder"):
+        plan.save(tmp_path)
+
+
+def test_binary_files_are_refused(tmp_path: Path) -> None:
+    """A file that is not text is refused as such."""
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(InputError, match="is not text"):
+        Plan.load(path)
+
+
+def test_a_failed_save_leaves_the_old_plan(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If saving fails midway, the plan that was there is intact and nothing else is left behind."""
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            plan.save(path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    plan.save(path)
+    assert Plan.load(path).to_json() == plan.to_json()
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
