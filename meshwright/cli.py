@@ -180,7 +180,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="meshwright", standalone_mode=False)
     except InputError as e:
         sys.exit(_refuse(str(e)))
     except _UsageError as e:

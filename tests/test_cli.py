@@ -27,7 +27,7 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     return lambda *arguments: call(capfd, monkeypatch, *arguments)
 
 
@@ -179,7 +179,7 @@ def test_heads_that_tp_does_not_divide(run) -> None:  # type: ignore[no-untyped-
         ("--fix", "tp=-2", "tp=-2"),
         ("--fix", "speed=9", "speed=9"),
         ("--precision", "int3", "int3"),
-        ("--global-batch", "many", "many"),
+        ("--global-batch", "many", "--global-batch"),
     ],
 )
 def test_values_that_make_no_sense(run, option: str, value: str, word: str) -> None:  # type: ignore[no-untyped-def]

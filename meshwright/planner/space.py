@@ -126,7 +126,9 @@ class Space:
         reasons = [r for r, _ in self.skipped.most_common()]
         wanted = ", ".join(f"{k}={v}" for k, v in self.fixed.items())
         if wanted:
-            why = reasons[0] if reasons else f"no degrees divide {n} devices and a global batch of {w.global_batch} that way"
+            heads = tuple(f"{k}={v}" for k, v in self.fixed.items())
+            named = [r for r in reasons if r.startswith(heads)] or [r for r in reasons if r.startswith("microbatches") and "pp" in self.fixed]
+            why = named[0] if named else f"no degrees divide {n} devices and a global batch of {w.global_batch} that way"
             raise InputError(f"no layout of {n} devices has {wanted}: {why}")
         raise InputError(f"no layout of {n} devices is possible: {reasons[0] if reasons else 'nothing divides'}")
 

@@ -1,13 +1,14 @@
 """Layers to pipeline stages, exactly: contiguous, possibly uneven, under each stage's own memory.
 
-A step costs (m - 1) max c + sum c + max e over the stages (costmodel/step.py), and sum c does not depend on the cut. For bounds T
-on c and E on e, filling each stage with as many layers as T, E and its memory allow finds a cut if there is one: what a stage
-holds only grows with its layers, so taking more never hurts the rest. The best cut is found over the finitely many T and E.
+A step costs (m - 1) max c + sum c + max e over the stages (costmodel/step.py), and sum c does not depend on the cut. The least
+max over cuts is a dynamic program over stages (as for the linear partition problem). For each value T that c can take, from
+the least on, the least max e over cuts with c <= T gives a candidate; the best of them is the best cut.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -90,63 +91,68 @@ class Stages:
     def _between(self, key: str, first: int, last: int) -> float:
         return self._prefix[key][last] - self._prefix[key][first]
 
-    def fill(self, t: float, e: float, capacity: float) -> list[int] | None:
-        """Ends of the stages when each takes as many layers as c <= t, e <= e and its memory allow; None if layers remain."""
-        p, at, ends = self.p, 0, []
+    @cached_property
+    def _matrices(self) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """c, e and live bytes of layers [first, last) as each stage: [stage][first, last], infinite where last <= first."""
+        p, n = self.p, self.p.layers
+        none = np.tri(n + 1, dtype=bool)  # last <= first: no layers
+        between = {k: v[None, :] - v[:, None] for k, v in self._sum.items()}
+        extra, layer = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1))
+        for first in range(n):
+            extra[first, first + 1 :] = np.maximum.accumulate(p.working[first:] - p.kept[first:])
+            layer[first, first + 1 :] = np.maximum.accumulate(p.numel[first:])
+        c, e, live = [], [], []
         for stage in range(p.pp):
-            most = p.layers - (p.pp - 1 - stage)  # one layer at least for each later stage
-            low = at + 1 if p.layers else at
-            if stage == p.pp - 1:
-                low = p.layers
-            if low > most or not self._fits(at, low, stage, t, e, capacity):
-                return None
-            high = most
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self._fits(at, middle, stage, t, e, capacity):
-                    low = middle
-                else:
-                    high = middle - 1
-            ends.append(low)
-            at = low
-        return ends
+            ends = [p.before] * (stage == 0) + [p.after] * (stage == p.pp - 1)
+            transfers = (stage > 0) + (stage < p.pp - 1)
+            c.append(np.where(none, np.inf, between["c"] + sum(x[0] for x in ends) + p.send_s * transfers))
+            e.append(np.where(none, np.inf, between["e"] + sum(x[1] for x in ends)))
+            root = sum(x[4] for x in ends)
+            numel = between["numel"] + root
+            held = persistent_bytes(numel, layer, root, zero=p.zero, dp=p.dp, compute_bytes=p.compute_bytes, accumulates=p.microbatches > 1)
+            kept = between["kept"] + sum(x[2] for x in ends) + p.carry_bytes * transfers
+            spikes = np.maximum(extra, max([0.0, *(x[3] - x[2] for x in ends)]))
+            live.append(np.where(none, np.inf, sum(held) + in_flight(p.pp, stage, p.microbatches) * kept + spikes))
+        return c, e, live
 
-    def _fits(self, first: int, last: int, stage: int, t: float, e: float, capacity: float) -> bool:
-        x = self.cost(first, last, stage)
-        return x.c <= t * (1 + 1e-12) and x.e <= e * (1 + 1e-12) and x.live_bytes <= capacity
-
-    def values(self, key: str) -> np.ndarray:
-        """Every value that c or e of a stage can take, ascending."""
-        p, index = self.p, 0 if key == "c" else 1
-        prefix = self._sum[key]
-        inner = (prefix[None, :] - prefix[:, None])[np.triu_indices(p.layers + 1, 1)]
-        send = p.send_s if key == "c" else 0.0
-        first = prefix[1:] + p.before[index]
-        last = prefix[-1] - prefix[:-1] + p.after[index]
-        if p.pp == 1:
-            return np.array([prefix[-1] + p.before[index] + p.after[index]])
-        found = np.concatenate([inner + 2 * send if p.pp > 2 else [], first + send, last + send])
-        return np.unique(np.round(found, 15))
+    def _least_largest(self, cost: list[np.ndarray]) -> tuple[float, list[int]]:
+        """The cut whose largest `cost[stage][first, last]` is least, and that cost; infinite if every cut has an infinite one."""
+        best = np.full(self.p.layers + 1, np.inf)
+        best[0] = -np.inf
+        came_from = []
+        for of_stage in cost:
+            through = np.maximum(best[:, None], of_stage)  # [first, last]
+            came_from.append(through.argmin(axis=0))
+            best = through[came_from[-1], np.arange(len(best))]
+        ends = [self.p.layers]
+        for of_stage in reversed(came_from[1:]):
+            ends.append(int(of_stage[ends[-1]]))
+        return float(best[-1]), ends[::-1]
 
     def best(self, capacity: float) -> tuple[float, list[int]] | None:
         """The cheapest cut that fits `capacity` bytes a rank: its step seconds and stage ends; None if none fits."""
         p = self.p
-        cs, es = self.values("c") * (1 + 1e-9), self.values("e") * (1 + 1e-9)
-        total = float(p.c.sum()) + p.before[0] + p.after[0] + 2 * (p.pp - 1) * p.send_s
-        low = _first(cs, lambda t: self.fill(t, float("inf"), capacity) is not None)
-        if low is None:
+        if p.pp == 1:
+            ends = [p.layers]
+            return (self.step(ends), ends) if self.costs(ends)[0].live_bytes <= capacity else None
+        c, e, live = self._matrices
+        fits = [x <= capacity for x in live]
+        c = [np.where(ok, x, np.inf) for ok, x in zip(fits, c, strict=True)]
+        e = [np.where(ok, x, np.inf) for ok, x in zip(fits, e, strict=True)]
+        least_c, ends = self._least_largest(c)
+        if not np.isfinite(least_c):
             return None
-        found: tuple[float, list[int]] | None = None
-        least_e = max(float(p.e.max(initial=0.0)), (float(p.e.sum()) + p.before[1] + p.after[1]) / p.pp)
-        for t in cs[low:]:
-            if found is not None and (p.microbatches - 1) * t / (1 + 1e-9) + total + least_e >= found[0]:
+        least_e, _ = self._least_largest(e)
+        total = float(p.c.sum()) + p.before[0] + p.after[0] + 2 * (p.pp - 1) * p.send_s
+        found = (self.step(ends), ends)
+        values = np.unique(np.concatenate([x[np.isfinite(x)] for x in c]))
+        for t in values[values >= least_c]:
+            if (p.microbatches - 1) * t + total + least_e >= found[0]:
                 break
-            at = _first(es, lambda e, t=t: self.fill(t, e, capacity) is not None)
-            ends = self.fill(t, es[at], capacity) if at is not None else None
-            if ends is not None:
-                step = self.step(ends)
-                if found is None or step < found[0]:
-                    found = (step, ends)
+            _, ends = self._least_largest([np.where(x <= t, y, np.inf) for x, y in zip(c, e, strict=True)])
+            step = self.step(ends)
+            if step < found[0]:
+                found = (step, ends)
         return found
 
     def step(self, ends: list[int]) -> float:
@@ -160,30 +166,5 @@ class Stages:
 
     def least_memory(self) -> tuple[float, list[int]]:
         """The cut whose fullest rank holds least, and how many live bytes that is."""
-        low, high = 0.0, max(self.cost(0, self.p.layers, s).live_bytes for s in range(self.p.pp))
-        ends = self.fill(float("inf"), float("inf"), high)
-        assert ends is not None
-        for _ in range(50):
-            middle = (low + high) / 2
-            tried = self.fill(float("inf"), float("inf"), middle)
-            if tried is None:
-                low = middle
-            else:
-                high, ends = middle, tried
-            if high - low <= 1e-4 * high:
-                break
+        ends = [self.p.layers] if self.p.pp == 1 else self._least_largest(self._matrices[2])[1]
         return max(x.live_bytes for x in self.costs(ends)), ends
-
-
-def _first(values: np.ndarray, works) -> int | None:  # type: ignore[no-untyped-def]
-    """Index of the smallest value for which `works`, which holds from some value on."""
-    if not len(values) or not works(values[-1]):
-        return None
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if works(values[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -129,16 +129,16 @@ def _answer(plan: Plan) -> str:
     rest = plan.alternatives[0].bottleneck if plan.alternatives else "compute"
     w = plan.workload
     proof = f"optimum proven (gap {s.gap:.1%})" if s.status == "optimal" else s.status
-    return "\n".join(
-        [
-            f"Plan  {_layout(plan.layout)}",
-            f"      step {seconds(step.p50)} [{step.p05:.3g}-{step.p95:.3g}]   {p.tokens_per_s:,.0f} tokens/s   MFU {p.mfu:.0%}   "
-            f"peak {gib(m.peak.p50)} of {gib(m.capacity)} [p95 {gib(m.peak.p95)}]",
-            f"      {s.space:,} layouts, {s.pruned_by_memory + s.infeasible:,} do not fit, {proof}, {s.seconds:.1f} s; bound by {rest}",
-            f"      {plan.model.name} ({count(plan.model.numel)} parameters) on {plan.cluster.name}; batch {w.global_batch}, "
-            f"sequence {w.seq}, {w.precision}",
-        ]
-    )
+    figures = (
+        f"step {seconds(step.p50)} [{seconds(step.p05)} to {seconds(step.p95)}]", f"{p.tokens_per_s:,.0f} tokens/s", f"MFU {p.mfu:.0%}",
+        f"peak {gib(m.peak.p50)} of {gib(m.capacity)} [p95 {gib(m.peak.p95)}]",
+    )  # fmt: skip
+    search = f"{s.space:,} layouts, {s.pruned_by_memory + s.infeasible:,} do not fit, {proof}, {s.seconds:.1f} s; bound by {rest}"
+    asked = f"{plan.model.name} ({count(plan.model.numel)} parameters) on {plan.cluster.name}; batch {w.global_batch}, sequence {w.seq}"
+    lines = [f"Plan  {_layout(plan.layout)}"]
+    for text in ("   ".join(figures), search, f"{asked}, {w.precision}"):
+        lines += _paragraph(text, "      ")
+    return "\n".join(lines)
 
 
 def _alternatives(plan: Plan) -> str:

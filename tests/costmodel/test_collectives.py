@@ -41,9 +41,7 @@ def test_alone_nothing_is_sent(op: Op) -> None:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    op=st.sampled_from(OPS), nodes=st.integers(1, 16), per_node=st.integers(1, 8), a=st.floats(0, 1e11), more=st.floats(1e3, 1e10)
-)
+@given(op=st.sampled_from(OPS), nodes=st.integers(1, 16), per_node=st.integers(1, 8), a=st.floats(0, 1e11), more=st.floats(1e3, 1e10))
 def test_more_bytes_take_longer(op: Op, nodes: int, per_node: int, a: float, more: float) -> None:
     """A larger tensor never takes less time on any group of two devices or more."""
     g = group(nodes, per_node)

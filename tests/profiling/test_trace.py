@@ -94,9 +94,7 @@ def test_architectures_trace(name: str, tmp_path: Path) -> None:
     assert graph.coverage().unknown == {}
     assert len(graph.layers) >= 4
     loaded = loading.load(str(path), batch=BATCH, seq=32, precision="fp32")
-    inputs = {
-        n: torch.randint(0, loaded.high[n], x.shape) if x.dtype == torch.long else torch.randn(x.shape) for n, x in loaded.kwargs.items()
-    }
+    inputs = {n: torch.randint(0, loaded.high[n], x.shape) if x.dtype == torch.long else torch.randn(x.shape) for n, x in loaded.kwargs.items()}
     if name in SCAN:
         assert graph.flops(BATCH) >= 0.9 * measured_flops(model, inputs)
     else:
@@ -117,7 +115,7 @@ def test_plain_modules_trace(name: str, seq: int, numel_layers: int) -> None:
     assert graph.flops(BATCH) == pytest.approx(measured_flops(model, inputs), rel=1e-3)
 
 
-STRANGE = '''
+STRANGE = """
 import torch
 from torch import nn
 
@@ -136,7 +134,7 @@ def build():
 
 def sample(batch, seq):
     return {"x": torch.randn(batch, seq, 8)}
-'''
+"""
 
 
 def test_unknown_ops_are_named_with_their_count(tmp_path: Path) -> None:
