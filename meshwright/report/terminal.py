@@ -136,7 +136,7 @@ def _answer(plan: Plan) -> str:
     search = f"{s.space:,} layouts, {s.pruned_by_memory + s.infeasible:,} do not fit, {proof}, {s.seconds:.1f} s; bound by {rest}"
     asked = f"{plan.model.name} ({count(plan.model.numel)} parameters) on {plan.cluster.name}; batch {w.global_batch}, sequence {w.seq}"
     lines = [f"Plan  {_layout(plan.layout)}"]
-    for text in ("   ".join(figures), search, f"{asked}, {w.precision}"):
+    for text in ("  ".join(figures), search, f"{asked}, {w.precision}"):
         lines += _paragraph(text, "      ")
     return "\n".join(lines)
 

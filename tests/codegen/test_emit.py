@@ -1,0 +1,106 @@
+"""The emitted folder: short, independent of meshwright, lint-clean, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshwright.codegen.emit import emit
+from meshwright.planner.plan import Plan
+from meshwright.planner.solve import plan
+from meshwright.planner.space import parse_fix
+from meshwright.profiling.errors import InputError
+from meshwright.profiling.trace import trace
+
+ROOT = Path(__file__).parent.parent.parent
+LLAMA = str(ROOT / "examples/models/tiny-llama.json")
+FIXES = [
+    "tp=1,dp=8,zero=3,recompute=full",
+    "tp=2,pp=2,dp=2,zero=2,micro_batch=2",
+    "tp=4,sp=on,pp=1,dp=2,zero=1",
+    "pp=4,tp=1,dp=2,zero=0,micro_batch=2",
+]
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Plan]:
+    graph = trace(LLAMA, seq=32, precision="bf16")
+    made = {fix: plan(graph, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix)) for fix in FIXES}
+    assert all(isinstance(p, Plan) for p in made.values())
+    return made  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("fix", FIXES)
+def test_script_is_short_and_stands_alone(plans: dict[str, Plan], fix: str, tmp_path: Path) -> None:
+    """train.py has fewer than 200 lines, nothing in the folder imports meshwright, and ruff finds no error in it."""
+    files = emit(plans[fix], tmp_path / "run")
+    text = (tmp_path / "run/train.py").read_text()
+    sources = [f.read_text() for f in files if f.suffix == ".py"]
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E9,F", tmp_path], capture_output=True, text=True)
+
+    assert len(text.splitlines()) < 200
+    assert not any(re.search(r"^\s*(from|import) meshwright", s, re.M) for s in sources)
+    assert lint.returncode == 0, lint.stdout
+
+
+def test_plan_is_in_the_folder(plans: dict[str, Plan], tmp_path: Path) -> None:
+    """The folder holds the plan itself and the model's configuration."""
+    emit(plans[FIXES[0]], tmp_path / "run")
+
+    assert Plan.load(tmp_path / "run/plan.json") == plans[FIXES[0]]
+    assert json.loads((tmp_path / "run/config.json").read_text())["model_type"] == "llama"
+
+
+def test_other_folders_are_left_alone(plans: dict[str, Plan], tmp_path: Path) -> None:
+    """A folder that emit did not write is refused and kept; one that it wrote is replaced."""
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not written by emit"):
+        emit(plans[FIXES[0]], kept)
+    emit(plans[FIXES[0]], tmp_path / "run")
+    (tmp_path / "run/old.txt").write_text("old")
+    emit(plans[FIXES[1]], tmp_path / "run")
+
+    assert [p.name for p in kept.iterdir()] == ["notes.txt"]
+    assert not (tmp_path / "run/old.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "run"]
+
+
+def test_several_nodes_have_their_launcher(tmp_path: Path) -> None:
+    """On two nodes, launch.sh asks for NODE_RANK and MASTER_ADDR and starts each node's ranks."""
+    made = plan(LLAMA, "2x4xH100-SXM", global_batch=16, seq=32)
+    assert isinstance(made, Plan)
+    emit(made, tmp_path / "run")
+    text = (tmp_path / "run/launch.sh").read_text()
+    asked = subprocess.run(["bash", str(tmp_path / "run/launch.sh")], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+
+    assert "--nnodes 2 --nproc-per-node 4" in text
+    assert asked.returncode != 0
+    assert "NODE_RANK" in asked.stderr
+
+
+TIED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from runtime.weights import allocate
+from torch import nn
+with torch.device("meta"):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model["b"].weight = model["a"].weight
+allocate(model, torch.device("cpu"))
+assert model["a"].weight is model["b"].weight and model["a"].weight.device.type == "cpu"
+"""
+
+
+def test_tied_parameters_stay_one(plans: dict[str, Plan], tmp_path: Path) -> None:
+    """Giving a model on meta its memory keeps tied parameters one tensor."""
+    emit(plans[FIXES[0]], tmp_path / "run")
+    made = subprocess.run([sys.executable, "-c", TIED, str(tmp_path / "run")], capture_output=True, text=True)
+
+    assert made.returncode == 0, made.stderr
