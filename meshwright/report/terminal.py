@@ -116,6 +116,11 @@ def seconds(s: float) -> str:
     return f"{s:.3g} s" if s >= 0.1 else f"{s * 1e3:.3g} ms"
 
 
+def span(low: float, high: float) -> str:
+    """A range of seconds for a reader, in the unit of its upper end."""
+    return f"{low:.3g}-{high:.3g} s" if high >= 0.1 else f"{low * 1e3:.3g}-{high * 1e3:.3g} ms"
+
+
 # --- the parts of a plan ---------------------------------------------------------------------------------------------
 
 
@@ -130,7 +135,7 @@ def _answer(plan: Plan) -> str:
     w = plan.workload
     proof = f"optimum proven (gap {s.gap:.1%})" if s.status == "optimal" else s.status
     figures = (
-        f"step {seconds(step.p50)} [{seconds(step.p05)} to {seconds(step.p95)}]", f"{p.tokens_per_s:,.0f} tokens/s", f"MFU {p.mfu:.0%}",
+        f"step {seconds(step.p50)} [{span(step.p05, step.p95)}]", f"{p.tokens_per_s:,.0f} tokens/s", f"MFU {p.mfu:.0%}",
         f"peak {gib(m.peak.p50)} of {gib(m.capacity)} [p95 {gib(m.peak.p95)}]",
     )  # fmt: skip
     search = f"{s.space:,} layouts, {s.pruned_by_memory + s.infeasible:,} do not fit, {proof}, {s.seconds:.1f} s; bound by {rest}"
