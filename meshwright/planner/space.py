@@ -128,7 +128,7 @@ class Space:
         if wanted:
             heads = tuple(f"{k}={v}" for k, v in self.fixed.items())
             named = [r for r in reasons if r.startswith(heads)] or [r for r in reasons if r.startswith("microbatches") and "pp" in self.fixed]
-            why = named[0] if named else f"no degrees divide {n} devices and a global batch of {w.global_batch} that way"
+            why = named[0].removeprefix(f"{wanted}: ") if named else f"no degrees divide {n} devices and a global batch of {w.global_batch} that way"
             raise InputError(f"no layout of {n} devices has {wanted}: {why}")
         raise InputError(f"no layout of {n} devices is possible: {reasons[0] if reasons else 'nothing divides'}")
 

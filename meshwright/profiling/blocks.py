@@ -153,7 +153,7 @@ def make_block(number: int, segment: Segment, exported: Any, joint: Joint, modul
     calls = _calls(exported, segment, nm, value, rel, mine, ins)
     storages = [s.model_copy(update={"op": merged.get(s.op, s.op)}) for s in _storages(joint, mine)]
     return Block(
-        id=number, name=segment.path.removeprefix(ROOT + ".") or ("stem" if carry is None else "head"), ops=tuple(ops),
+        id=number, name=segment.path.removeprefix(ROOT + "."), ops=tuple(ops),
         params=tuple(tensors["param"].values()), buffers=tuple(tensors["buffer"].values()),
         inputs=tuple(block_inputs), outputs=tuple(dict.fromkeys(outputs)), calls=tuple(calls), storages=tuple(storages),
         repeated=bool(segment.path),

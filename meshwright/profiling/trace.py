@@ -102,7 +102,8 @@ def _assemble(
     sequence: list[Occurrence] = []
     for chain, members in _by_chain(parts, made, traced):
         if chain is None:
-            blocks.append(members[0].model_copy(update={"id": len(blocks)}))
+            name = "model" if len(made) == 1 else "stem" if not blocks else "head" if members[0] is made[-1] else "between"
+            blocks.append(members[0].model_copy(update={"id": len(blocks), "name": name}))
             sequence.append(Occurrence(block=blocks[-1].id, path=""))
             continue
         unique, choice = _unique(chain, copies, members)

@@ -61,7 +61,7 @@ def render_trace(graph: ModelGraph) -> str:
     forward, backward = graph.flops(1), graph.flops(1, backward=True)
     coverage = graph.coverage()
     lines = [
-        f"{graph.name}  {graph.numel:,} parameters, {forward / 1e12:.4g} TFLOP forward and {backward / 1e12:.4g} backward a sample of {graph.seq}",
+        f"{graph.name}  {graph.numel:,} parameters, {flops(forward)} forward and {flops(backward)} backward a sample of {graph.seq}",
         f"{len(graph.layers)} layers of {sum(b.repeated for b in graph.blocks)} kinds; {graph.precision}; loss: {graph.objective}",
     ]
     table = _table(
@@ -109,6 +109,11 @@ def gib(bytes_: float) -> str:
 def count(n: int) -> str:
     """A number of parameters for a reader."""
     return f"{n / 1e9:.4g} B" if n >= 1e9 else f"{n / 1e6:.4g} M"
+
+
+def flops(n: float) -> str:
+    """Floating point operations for a reader."""
+    return f"{n / 1e12:.4g} TFLOP" if n >= 1e11 else f"{n / 1e9:.4g} GFLOP"
 
 
 def seconds(s: float) -> str:
