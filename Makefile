@@ -24,3 +24,13 @@ test: check
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+# Compiles the shipped cost models again from a tree of aiconfigurator's tables: make costs TREE=path/to/tree
+SHIPPED := h100_sxm:H100-SXM h200_sxm:H200-SXM a100_sxm:A100-SXM-80GB b200_sxm:B200
+.PHONY: costs
+costs: $(DONE)
+	@test -n "$(TREE)" || { echo "make costs needs TREE=, the folder that holds systems/"; exit 2; }
+	mkdir -p build
+	set -e; for pair in $(SHIPPED); do gpu=$${pair%%:*}; name=$${pair##*:}; \
+	  $(BIN)/meshwright profile import aiconfigurator $(TREE) --gpu $$gpu -o build/$$gpu.yaml; \
+	  $(BIN)/meshwright costs compile build/$$gpu.yaml -o meshwright/costmodel/shipped/$$name.costs; done

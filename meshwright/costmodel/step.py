@@ -19,8 +19,9 @@ from functools import cached_property
 import numpy as np
 
 from meshwright.costmodel import collectives
-from meshwright.costmodel.compute import backward_table, forward_table, op_seconds
 from meshwright.costmodel.memory import SAVED_KINDS, BlockMemory, block_memory
+from meshwright.costmodel.model import CostModel
+from meshwright.costmodel.pricing import price_ops
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.graph import ModelGraph
@@ -95,9 +96,10 @@ class Bound:
 
     def __init__(
         self, graph: ModelGraph, cluster: Cluster, shardings: Mapping[tuple[int, bool], Sequence[ShardedBlock]],
-        micro_batches: Sequence[int],
+        micro_batches: Sequence[int], costs: CostModel | None = None,
     ) -> None:  # fmt: skip
-        self.graph, self.cluster = graph, cluster
+        self.graph, self.cluster, self.costs = graph, cluster, costs
+        self.basis: dict[str, str] = {}  # kind of op -> "fitted" or "datasheet"
         self.shardings = dict(shardings)
         self.batches = np.array(sorted(set(micro_batches)))
         self.index = {key: i for i, key in enumerate(self.shardings)}
@@ -105,14 +107,14 @@ class Bound:
         self.counts = np.bincount([o.block for o in graph.sequence], minlength=len(graph.blocks))
         self.repeated = np.array([b.repeated for b in graph.blocks])
         self._groups: dict[tuple[int, int, int], tuple[object, object]] = {}
-        costs = [[self._block_cost(s) for s in blocks] for blocks in self.shardings.values()]
+        rows = [[self._block_cost(s) for s in blocks] for blocks in self.shardings.values()]
 
         def stack(pick: str) -> np.ndarray:  # [shardings, blocks, ..., batches]
-            return np.array([[getattr(c, pick) for c in row] for row in costs])
+            return np.array([[getattr(c, pick) for c in row] for row in rows])
 
         self._f, self._b, self._cf, self._cb = (stack(n) for n in ("forward", "backward", "comm_forward", "comm_backward"))
         self._r, self._cr = stack("recompute"), stack("comm_recompute")
-        memory = [[c.memory for c in row] for row in costs]
+        memory = [[c.memory for c in row] for row in rows]
         self._kept = np.array([[[m.kept(r) for r in RECOMPUTE] for m in row] for row in memory])
         self._working = np.array([[[m.working(r) for r in RECOMPUTE] for m in row] for row in memory])
         self._carry = np.array([[m.carry for m in row] for row in memory])
@@ -125,9 +127,9 @@ class Bound:
             self._cr[:, i] = 0.0
 
     def _block_cost(self, sharded: ShardedBlock) -> BlockCost:
-        device = self.cluster.device
-        forward = op_seconds(forward_table(sharded), device, self.batches)
-        backward = op_seconds(backward_table(sharded), device, self.batches)
+        priced = price_ops(sharded, self.cluster.device, self.batches, self.costs)
+        self.basis.update(priced.basis)
+        forward, backward = priced.forward, priced.backward
         ops = sharded.block.ops
         # recompute stops at the last op that backward needs something of (torch's checkpoint stops early)
         last = max((i for i, op in enumerate(ops) if op.saved.at(1) > 0), default=-1)
@@ -140,7 +142,7 @@ class Bound:
         comm = {"forward": zero, "backward": zero}
         comm_again = [zero, zero, zero]
         for c in sharded.collectives:
-            t = collectives.seconds(c.op, c.amount.const + self.batches * c.amount.per_sample, tp)
+            t = collectives.seconds(c.op, c.amount.const + self.batches * c.amount.per_sample, tp, self.costs)
             comm[c.phase] = comm[c.phase] + t
             if c.phase == "forward" and order.get(c.value.partition(":")[0], -1) <= last:
                 comm_again[2] = comm_again[2] + t
@@ -220,9 +222,9 @@ class Bound:
             if dp > 1:
                 n = numel[rows]
                 # each collective also copies into and out of its flat buffer
-                gather[rows] = collectives.seconds("all_gather", self.compute_bytes * n, across) + 2 * self.compute_bytes * n / memory_Bps
-                scatter[rows] = collectives.seconds("reduce_scatter", 4.0 * n, across) + (self.compute_bytes + 4.0) * n / memory_Bps
-                reduce[rows] = collectives.seconds("all_reduce", 4.0 * n, across) + (self.compute_bytes + 4.0) * n / memory_Bps
+                gather[rows] = collectives.seconds("all_gather", self.compute_bytes * n, across, self.costs) + 2 * self.compute_bytes * n / memory_Bps
+                scatter[rows] = collectives.seconds("reduce_scatter", 4.0 * n, across, self.costs) + (self.compute_bytes + 4.0) * n / memory_Bps
+                reduce[rows] = collectives.seconds("all_reduce", 4.0 * n, across, self.costs) + (self.compute_bytes + 4.0) * n / memory_Bps
             if pp > 1:
                 send[rows] = collectives.send_seconds(carry[rows], pairs)
         return gather, scatter, reduce, send

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from meshwright.planner.states import CONVERSIONS, parse
 from meshwright.profiling.cluster import Cluster, first_error
 from meshwright.profiling.errors import InputError
+from meshwright.profiling.files import write_atomically
 from meshwright.profiling.graph import Coverage, ModelInput, Statement
 
 SCHEMA: Final = "meshwright.plan/1"
@@ -297,23 +296,6 @@ class Plan(_Model):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a plan."""
     return Plan.model_json_schema(by_alias=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes text to a file beside `path` and renames it into place."""
-    if not path.parent.exists():
-        raise InputError(f"the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a file")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as f:
-            f.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

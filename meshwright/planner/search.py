@@ -42,7 +42,7 @@ class Search:
         self.space = space
         self.layouts = space.layouts()
         self.arrays = to_arrays(self.layouts, space.workload)
-        self.bound = Bound(space.graph, space.cluster, space.shardings, [x.micro_batch for x in self.layouts])
+        self.bound = Bound(space.graph, space.cluster, space.shardings, [x.micro_batch for x in self.layouts], space.costs)
         self.priced = self.bound.price(self.arrays)
         device = space.cluster.device
         self.limit_bytes = limit_bytes

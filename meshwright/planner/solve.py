@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from meshwright.costmodel.model import CostModel, for_device
 from meshwright.costmodel.pipeline import Event, makespan, simulate
 from meshwright.costmodel.step import SPREAD
 from meshwright.planner.explain import GIB, bottleneck, does_not_fit, memory_parts, time_parts, why_not
@@ -99,13 +100,15 @@ def plan(
     limit: str = "95%",
     fix: dict[str, Any] | None = None,
     top: int = 5,
+    costs: str | CostModel | None = "auto",
     progress: Progress | None = None,
 ) -> Plan | Infeasible:
     """The best layout of a model on a cluster, or why none fits.
 
     `model` is what trace() takes (a config.json, its folder, file.py:factory) or its ModelGraph; `cluster` what parse_cluster
     takes or a Cluster. `precision` defaults to bf16 on GPUs and fp32 on CPUs. `limit` bounds what a rank may reserve, with
-    p95 of the prediction. `fix` holds parts of the layout, like {"tp": 8}. Raises InputError for bad input.
+    p95 of the prediction. `costs` is a compiled cost model or its file; "auto" takes the one shipped for the device where there
+    is one, None the datasheet. `fix` holds parts of the layout, like {"tp": 8}. Raises InputError for bad input.
     """
     say = progress or (lambda _: None)
     for name, value in (("global batch", global_batch), ("sequence length", seq), ("number of layouts to show", top)):
@@ -121,7 +124,7 @@ def plan(
     workload = Workload(global_batch=global_batch, seq=seq, precision=precision)  # type: ignore[arg-type]
     limit_bytes = parse_limit(limit, where.device.memory_bytes)
     say(f"sharding {len(model.blocks)} unique blocks")
-    space = Space(model, where, workload, fix or {})
+    space = Space(model, where, workload, fix or {}, cost_model(costs, where))
     say("searching")
     search = Search(space, limit_bytes)
     outcome = search.run(top, progress=lambda n, of: say(f"searching: {n} of {of} layouts evaluated"))
@@ -130,6 +133,16 @@ def plan(
         return _infeasible(search, outcome, limit_bytes)
     say("explaining")
     return _assemble(search, outcome, limit_bytes)
+
+
+def cost_model(costs: str | CostModel | None, cluster: Cluster) -> CostModel | None:
+    """The cost model of a cluster's device: the given one, or the shipped one of a built-in device."""
+    if costs is None or isinstance(costs, CostModel):
+        return costs
+    if costs != "auto":
+        return CostModel.load(costs)
+    built_in = all(isinstance(n.device, str) for n in cluster.nodes)
+    return for_device(cluster.device.name) if built_in else None
 
 
 def _assemble(search: Search, outcome: Outcome, limit_bytes: float) -> Plan:
@@ -189,8 +202,26 @@ def _prediction(search: Search, best: Candidate, limit_bytes: float) -> Predicti
             capacity=space.cluster.device.memory_bytes, limit=limit_bytes, peak=Range(p05=p50, p50=p50, p95=p95),
             by_kind=memory_parts(search, costs[fullest]), peak_stage=fullest, peak_event=event,
         ),
-        provenance=space.cluster.provenance,
+        provenance=_provenance(search),
     )  # fmt: skip
+
+
+def _provenance(search: Search) -> tuple[str, ...]:
+    """Where the figures come from; each kind of op that only the datasheet prices is named."""
+    costs, basis = search.space.costs, search.bound.basis
+    told = search.space.cluster.provenance
+    if costs is None:
+        return told
+    measured = ", ".join(sorted(k for k, v in basis.items() if v == "fitted"))
+    missing = ", ".join(sorted(k for k, v in basis.items() if v == "datasheet"))
+    p = costs.provenance
+    lines = [f"{measured or 'no op'}: compiled cost model of {costs.device} ({p.get('kind', 'fitted')}; {p.get('source', 'no source given')})"]
+    if missing:
+        lines.append(f"{missing}: no samples, priced by the datasheet and rooflines")
+    if costs.links and search.space.cluster.node_link.provenance in ("datasheet", "fitted"):
+        lines.append(f"collectives on one node: compiled cost model of {costs.device}")
+        told = tuple(t for t in told if not t.startswith("node link"))
+    return (*lines, *told)
 
 
 def _simulated(search: Search, c: Candidate) -> float:
@@ -258,7 +289,8 @@ def _notes(space: Space, x: Layout) -> tuple[str, ...]:
 
 
 def _inputs_hash(space: Space, limit_bytes: float) -> str:
-    parts = (space.graph.hash, space.cluster.model_dump_json(), space.workload.model_dump_json(), sorted(space.fixed.items()), limit_bytes)
+    stamp = space.costs.stamp if space.costs else ""
+    parts = (space.graph.hash, space.cluster.model_dump_json(), stamp, space.workload.model_dump_json(), sorted(space.fixed.items()), limit_bytes)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -286,7 +318,7 @@ def _more_nodes(search: Search, limit_bytes: float, most: int = 4096) -> Nearest
     def solve(count: int) -> tuple[Search, Candidate] | None:
         bigger = Cluster(name=space.cluster.name, nodes=(Node(device=node.device, devices=node.devices, count=count),), links=space.cluster.links)
         try:
-            tried = Search(Space(space.graph, bigger, space.workload, space.fixed), limit_bytes)
+            tried = Search(Space(space.graph, bigger, space.workload, space.fixed, space.costs), limit_bytes)
         except (InputError, NotShardable):
             return None
         found = tried.run(1).best

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.costmodel.step import RECOMPUTE, Layouts
 from meshwright.planner.plan import Layout, Workload
@@ -68,6 +69,7 @@ class Space:
     cluster: Cluster
     workload: Workload
     fixed: dict[str, Any] = field(default_factory=dict)
+    costs: CostModel | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     shardings: dict[tuple[int, bool], tuple[ShardedBlock, ...]] = field(default_factory=dict)
 
