@@ -17,6 +17,11 @@ from meshwright.version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+profile_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure what the hardware does, or import what others measured.")
+costs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compile a hardware profile into a cost model, show it, ask it.")
+app.add_typer(profile_app, name="profile")
+app.add_typer(costs_app, name="costs")
+
 # click's UsageError, wherever this typer keeps its click
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -46,15 +51,17 @@ def plan(
     limit: Annotated[str, typer.Option(help="memory that a rank may use: a share of the device (95%) or bytes (76GiB)")] = "95%",
     fix: Annotated[str, typer.Option(help="hold parts of the layout, like tp=8,pp=2,zero=3,recompute=full")] = "",
     top: Annotated[int, typer.Option(help="how many layouts to show")] = 5,
+    costs: Annotated[str, typer.Option(help="a compiled cost model (.costs), auto for the shipped one, or datasheet")] = "auto",
     precision: PrecisionOpt = "",
     sample: SampleOpt = "",
     output: Annotated[str, typer.Option("-o", "--output", help="save the plan here")] = "",
     as_json: JsonOpt = False,
 ) -> None:
     """Find the best layout of a model on a cluster, with the proof. Exit code 1 if nothing fits."""
-    from meshwright.planner.plan import Plan, write_atomically
+    from meshwright.planner.plan import Plan
     from meshwright.planner.solve import plan as solve
     from meshwright.planner.space import parse_fix
+    from meshwright.profiling.files import write_atomically
     from meshwright.report.terminal import render_infeasible, render_plan
 
     fixed = parse_fix(fix)
@@ -71,6 +78,7 @@ def plan(
             limit=limit,
             fix=fixed,
             top=top,
+            costs=None if costs == "datasheet" else costs,
             progress=say,
         )
     text = found.to_json() if isinstance(found, Plan) else found.model_dump_json(by_alias=True, indent=2) + "\n"
@@ -140,6 +148,146 @@ def devices(as_json: JsonOpt = False) -> None:
         print(json.dumps([d.model_dump(mode="json") for d in found], indent=2))
     else:
         _print(render_devices(found))
+
+
+@profile_app.command("measure")
+def profile_measure(
+    output: Annotated[str, typer.Option("-o", "--output", help="the profile; one that is there is continued")],
+    budget: Annotated[str, typer.Option(help="how long to measure, like 120s or 10m")] = "120s",
+    classes: Annotated[str, typer.Option(help="which classes of op, like gemm,collective; all by default")] = "",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
+    flush_l2: Annotated[bool, typer.Option("--flush-l2", help="empty a GPU's L2 before each call")] = False,
+) -> None:
+    """Measure the ops that models use on this device and, under torchrun, every collective by group and by pair."""
+    from meshwright.profiling.measure import measure, parse_budget
+    from meshwright.profiling.measure_progress import progress_bar
+
+    seconds = parse_budget(budget)
+    wanted = [c.strip() for c in classes.split(",") if c.strip()] or None
+    leads = int(os.environ.get("RANK", "0")) == 0
+    with progress_bar() as say:
+        made = measure(Path(output), seconds, wanted, device, say if leads else None, flush=flush_l2)
+    if leads:
+        print(f"Wrote {output}: {made.rows()} samples of {len(made.tables)} classes on {made.device}")
+        print(f"Next: meshwright costs compile {output} -o {Path(output).with_suffix('.costs')}")
+
+
+@profile_app.command("import")
+def profile_import(
+    source: Annotated[str, typer.Argument(help="aiconfigurator or nccl-tests")],
+    paths: Annotated[list[str], typer.Argument(help="the tree of tables, or the texts that nccl-tests printed")],
+    output: Annotated[str, typer.Option("-o", "--output", help="the profile to write")],
+    gpu: Annotated[str, typer.Option(help="which GPU of the tree, like h100_sxm")] = "",
+) -> None:
+    """Import what others measured: operator tables of aiconfigurator, or logs of nccl-tests."""
+    from meshwright.profiling.hardware import write_profile
+    from meshwright.profiling.importers.aiconfigurator import import_tree
+    from meshwright.profiling.importers.nccl_tests import read_nccl_tests
+
+    with _progress() as say:
+        if source == "aiconfigurator":
+            if not gpu or len(paths) != 1:
+                raise InputError("profile import aiconfigurator takes one folder and --gpu, like: aiconfigurator DIR --gpu h100_sxm -o h100.yaml")
+            made = import_tree(Path(paths[0]), gpu, say)
+        elif source == "nccl-tests":
+            made = read_nccl_tests([Path(p) for p in paths])
+        else:
+            raise InputError(f"{source!r} is not known: profile import takes aiconfigurator or nccl-tests")
+        say(f"writing {output}")
+        write_profile(made, Path(output))
+    print(f"Wrote {output}: {made.rows()} samples of {made.device} in {len(made.tables)} classes")
+    for name in made.provenance.get("not_used", []):
+        print(f"  not used: {name} (no class of op here)")
+    print(f"Next: meshwright costs compile {output} -o {Path(output).with_suffix('.costs')}")
+
+
+@costs_app.command("compile")
+def costs_compile(
+    profile: Annotated[str, typer.Argument(help="a profile that 'profile measure' or 'profile import' wrote")],
+    output: Annotated[str, typer.Option("-o", "--output", help="the cost model to write, like h100.costs")],
+    max_kb: Annotated[int, typer.Option(help="size of the file at most, in kB; residuals are cut where it costs the least accuracy")] = 950,
+    as_json: JsonOpt = False,
+) -> None:
+    """Fit every class of op and collective, and judge each fit on samples that it did not see."""
+    from meshwright.costmodel.compile import compile_profile
+    from meshwright.profiling.hardware import read_profile
+    from meshwright.report.costs import render_costs
+
+    if max_kb < 1:
+        raise InputError(f"--max-kb must be at least 1, not {max_kb}")
+    with _progress() as say:
+        say(f"reading {profile}")
+        model = compile_profile(read_profile(Path(profile)), say, most_bytes=max_kb * 1000.0)
+        model.save(Path(output))
+    if as_json:
+        print(json.dumps({"file": output, "device": model.device, "provenance": model.provenance, "report": model.report}, indent=2))
+        return
+    _print(render_costs(model))
+    print(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB)")
+
+
+@costs_app.command("show")
+def costs_show(
+    model: Annotated[str, typer.Argument(help="a .costs file or a device with a shipped one, like H100-SXM")],
+    as_json: JsonOpt = False,
+) -> None:
+    """Show what a cost model knows: provenance, and its errors on samples that it did not see."""
+    from meshwright.costmodel.model import CostModel
+    from meshwright.report.costs import render_costs
+
+    found = CostModel.load(model)
+    if as_json:
+        print(json.dumps({"device": found.device, "facts": found.facts, "provenance": found.provenance, "report": found.report}, indent=2))
+    else:
+        _print(render_costs(found))
+
+
+@costs_app.command("predict")
+def costs_predict(
+    model: Annotated[str, typer.Argument(help="a .costs file or a built-in device")],
+    ops: Annotated[str, typer.Option(help="a CSV of ops in aiconfigurator's columns: op_name, gemm_dtype, m, n, k, ...")],
+    output: Annotated[str, typer.Option("-o", "--output", help="the CSV to write")],
+) -> None:
+    """Answer a table of ops: latency_p05, latency_p50 and latency_p95 beside each row, in the table's own unit."""
+    from meshwright.costmodel.model import CostModel
+    from meshwright.costmodel.predict_ops import predict_table
+
+    answered = predict_table(CostModel.find(model), Path(ops), Path(output))
+    print(f"Wrote {output}: {answered.rows} rows" + (f", {answered.datasheet} of them by the datasheet alone" if answered.datasheet else ""))
+
+
+@app.command("predict")
+def predict_published(
+    runs: Annotated[str, typer.Option(help="a CSV of training runs: model dimensions, layout, GPU, software")],
+    output: Annotated[str, typer.Option("-o", "--output", help="the CSV to write: step seconds, peak bytes, what is not modelled")],
+    calibration: Annotated[str, typer.Option(help="a calibration that 'meshwright calibrate' wrote")] = "",
+) -> None:
+    """Predict the step time and peak memory of training runs, one row each."""
+    from meshwright.costmodel.predict import predict_runs, read_calibration
+
+    with _progress() as say:
+        found = predict_runs(Path(runs), Path(output), say, read_calibration(Path(calibration)) if calibration else None)
+    answered = sum(p.step_s is not None for p in found)
+    print(f"Wrote {output}: {len(found)} rows, {answered} answered" + ("" if answered == len(found) else "; the rest say why in the last column"))
+
+
+@app.command()
+def calibrate(
+    run: Annotated[str, typer.Option(help="a JSON object: the columns of a run, and step_s, its measured seconds")],
+    output: Annotated[str, typer.Option("-o", "--output", help="the calibration to write")] = "calibration.json",
+    as_json: JsonOpt = False,
+) -> None:
+    """Scale step predictions by one measured step of your own: for the same device and engine, with 'predict --calibration'."""
+    from dataclasses import asdict
+
+    from meshwright.costmodel.predict import calibrate as compare
+
+    made = compare(Path(run), Path(output))
+    if as_json:
+        print(json.dumps(asdict(made), indent=2))
+        return
+    print(f"Measured {made.measured_s:.4g} s, predicted {made.predicted_s:.4g} s: {made.engine} on {made.device} is scaled by {made.scale:.3f}")
+    print(f"Wrote {output}. Next: meshwright predict --runs runs.csv --calibration {output} -o predictions.csv")
 
 
 def _precision(text: str) -> str | None:

@@ -11,8 +11,8 @@ from meshwright.costmodel import residual
 from meshwright.costmodel.fit import Samples, choose_trees, error_row, explore, finish, spread_of
 from meshwright.costmodel.model import CostModel, group_keys, peak_of, ready
 from meshwright.costmodel.moefit import fit_moe
-from meshwright.costmodel.opclasses import OP_CLASSES
-from meshwright.costmodel.segments import fit_segments
+from meshwright.costmodel.opclasses import OP_CLASSES, item_bytes
+from meshwright.costmodel.segments import Segments, byte_shift, fit_segments, shifted
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.hardware import CLASSES, TEXT, HardwareProfile, Table
 
@@ -89,26 +89,51 @@ def samples(kind: str, table: Table, facts: dict[str, Any]) -> Samples:
 
 
 def _collectives(model: CostModel, table: Table) -> None:
-    """Segments of every measured (op, ranks, nodes, kernel), and their errors by size on a held-out fifth."""
+    """Segments of every measured (op, ranks, nodes, kernel), and their errors by size on a held-out fifth, drawn three times."""
     text = [f"{op}|{int(r)}|{int(n)}|{k}" for op, r, n, k in zip(table["op"], table["ranks"], table["nodes"], table["kernel"])]
     keys = np.array(text, object)
+    single = np.array([item_bytes(d) == 1 for d in table["dtype"]])
+    everything = np.ones(len(keys), bool)
+    model.links, model.link_shift = _fit_links(keys, single, table, everything)
     rng = np.random.default_rng(1)
     errors: dict[str, list[tuple[float, float, float]]] = {}
-    for key in sorted(set(keys)):
-        mask = keys == key
-        size, seconds = table["bytes"][mask], table["seconds"][mask]
-        model.links[key] = fit_segments(size, seconds)
-        for _ in range(3):  # three draws: a group has few samples
-            test = rng.random(len(size)) < 0.2
-            if not test.any() or (~test).sum() < LEAST:
+    for _ in range(3):
+        test = rng.random(len(keys)) < 0.2
+        links, shifts = _fit_links(keys, single, table, ~test)
+        for key in sorted(set(keys[test])):
+            mask = test & (keys == key)
+            if key not in links:
                 continue
-            p = fit_segments(size[~test], seconds[~test]).seconds(size[test])
-            op, _, _, kernel = key.split("|")
-            errors.setdefault(f"{op}|{kernel}" if kernel else op, []).extend(zip(size[test], p, seconds[test]))
-    for name, rows in errors.items():
+            name, size = link_name(key), table["bytes"][mask]
+            p = links[key].seconds(size) * np.where(single[mask], shifted(size, shifts[name]), 1.0)
+            errors.setdefault(name, []).extend(zip(size, p, table["seconds"][mask]))
+    for name, rows in sorted(errors.items()):
         size, p, y = np.array(rows).T
         for low, high, band in BANDS:
             mask = (size >= low) & (size < high)
             if mask.any():
                 model.report.append({"class": "collective", **error_row(f"{name} {band}", "random fifth", p[mask], y[mask])})
         model.link_spread[name] = spread_of(np.log(y / p), p, np.array([]), bins=4, least=25)
+
+
+def _fit_links(keys: np.ndarray, single: np.ndarray, table: Table, use: np.ndarray) -> tuple[dict[str, Segments], dict[str, list[float]]]:
+    """Segments by key, of elements of two bytes and more, and the shift of one-byte ones by op and kernel."""
+    groups: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for key in sorted(set(keys[use])):
+        mask = use & (keys == key)
+        groups.setdefault(link_name(key), []).append((table["bytes"][mask], table["seconds"][mask], single[mask]))
+    shifts = {name: byte_shift(parts) for name, parts in groups.items()}
+    links = {}
+    for key in sorted(set(keys[use])):
+        mask = use & (keys == key)
+        if mask.sum() >= LEAST:
+            size = table["bytes"][mask]
+            seconds = table["seconds"][mask] / np.where(single[mask], shifted(size, shifts[link_name(key)]), 1.0)
+            links[key] = fit_segments(size, seconds)
+    return links, shifts
+
+
+def link_name(key: str) -> str:
+    """Op and kernel of a key "op|ranks|nodes|kernel"."""
+    op, _, _, kernel = key.split("|")
+    return f"{op}|{kernel}" if kernel else op

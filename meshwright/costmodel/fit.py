@@ -222,7 +222,7 @@ def explore(s: Samples, seed: int = 1) -> Explored:
     rng = np.random.default_rng(seed)
     splits = {"random fifth": rng.random(len(s.seconds)) < 0.2, "largest tenth": _largest(s), "unseen shapes": _unseen(s, rng)}
     splits = {k: v & np.isin(s.keys, sorted(set(s.keys[~v]))) for k, v in splits.items()}
-    splits = {k: v for k, v in splits.items() if v.sum() >= 5 and (~v).sum() >= 20}
+    splits = {k: v for k, v in splits.items() if v.sum() >= 3 and (~v).sum() >= 12}
     found = Explored(s, splits)
     if "random fifth" in splits:
         test = splits["random fifth"]

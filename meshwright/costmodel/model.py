@@ -23,7 +23,7 @@ from meshwright.costmodel.fit import Fitted, Group, Spread, forest_key, roofline
 from meshwright.costmodel.moefit import MoeFitted
 from meshwright.costmodel.moefit import price as price_moe
 from meshwright.costmodel.opclasses import OP_CLASSES, PASSES, OpClass, item_bytes
-from meshwright.costmodel.segments import Segments
+from meshwright.costmodel.segments import Segments, shifted
 from meshwright.profiling.cluster import Device, load_device
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.files import write_atomically
@@ -130,6 +130,7 @@ class CostModel:
     moe: MoeFitted | None = None
     links: dict[str, Segments] = field(default_factory=dict)
     link_spread: dict[str, Spread] = field(default_factory=dict)
+    link_shift: dict[str, list[float]] = field(default_factory=dict)  # of one-byte elements, see segments.byte_shift
     report: list[dict[str, Any]] = field(default_factory=list)
     _forests: dict[tuple[str, str, bool], Any] = field(default_factory=dict, repr=False)
     _archive: bytes | None = field(default=None, repr=False)
@@ -181,11 +182,21 @@ class CostModel:
             made.moe = MoeFitted(m["theta"], m["clip"], None, {k: v for k, v in spreads.items() if v}, m["largest"], m["kernels"])
         made.links = {k: Segments(**v) for k, v in head["links"].items()}
         made.link_spread = {k: Spread(v["edges"], v["low"], v["high"], tuple(v["beyond"])) for k, v in head["link_spread"].items()}
+        made.link_shift = head.get("link_shift", {})
         return made
 
     def save(self, path: Path) -> None:
         """Writes the model whole or not at all."""
         write_atomically(path, self.to_bytes())
+
+    @property
+    def origin(self) -> str:
+        """One line: measured on what, when, by what; or imported from where."""
+        p = self.provenance
+        if "measured_by" not in p:
+            return f"{p.get('kind', 'fitted')}: {p.get('source', 'no source given')}"
+        runs = p.get("runs") or [{}]
+        return f"measured: {p.get('device_name', 'this device')}, {str(runs[-1].get('date', ''))[:10]}, by {p['measured_by']}"
 
     @property
     def stamp(self) -> str:
@@ -197,7 +208,7 @@ class CostModel:
             "format": FORMAT, "device": self.device, "facts": self.facts, "provenance": self.provenance, "report": _rounded(self.report),
             "links": {k: _rounded(asdict(v)) for k, v in self.links.items()},
             "link_spread": {k: _rounded(asdict(v)) for k, v in self.link_spread.items()},
-            "classes": {},
+            "link_shift": _rounded(self.link_shift), "classes": {},
         }  # fmt: skip
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as z:
@@ -312,7 +323,7 @@ class CostModel:
 
     # --- collectives ---
 
-    def collective_seconds(self, op: str, nbytes: np.ndarray, ranks: int, nodes: int = 1, kernel: str = "") -> np.ndarray | None:
+    def collective_seconds(self, op: str, nbytes: np.ndarray, ranks: int, nodes: int = 1, kernel: str = "", dtype: str = "bf16") -> np.ndarray | None:
         """Median seconds of a measured collective over `ranks` on `nodes`; None where no such group was measured. `nbytes` of
         the full tensor. Between two measured numbers of ranks seconds are interpolated in the logarithm; beyond the largest,
         latency grows with the hops and the share of the tensor that moves as (n - 1) / n."""
@@ -320,9 +331,11 @@ class CostModel:
         if not known or ranks < 2:
             return None
         size = np.asarray(nbytes, float)
+        shift = self.link_shift.get(f"{op}|{kernel}" if kernel else op)
+        factor = shifted(size, shift) if shift and item_bytes(dtype) == 1 else 1.0
 
         def at(n: int) -> np.ndarray:
-            return self.links[f"{op}|{n}|{nodes}|{kernel}"].seconds(size)
+            return np.asarray(self.links[f"{op}|{n}|{nodes}|{kernel}"].seconds(size) * factor)
 
         if ranks in known:
             return at(ranks)

@@ -98,7 +98,10 @@ def _gemm_features(c: Columns, w: Work, sms: int) -> list[np.ndarray]:
     square = _tiles(m, n, 128, 128)
     shapes = ((128, 256), (256, 128), (64, 128), (64, 64))
     tiles = [log2(square / sms), _fill(square, sms), *(_fill(_tiles(m, n, a, b), sms) for a, b in shapes)]
-    return [lm, ln, lk, lm + ln, lm + ln + lk, log2(w.flops / w.bytes), *tiles, m % 64 / 64, m % 128 / 64, n % 128 / 64, lm - ln, ln + lk, lm + lk, alignment(m), np.minimum(alignment(n), alignment(k))]
+    return [
+        lm, ln, lk, lm + ln, lm + ln + lk, log2(w.flops / w.bytes), *tiles, m % 64 / 64, m % 128 / 64, n % 128 / 64,
+        lm - ln, ln + lk, lm + lk, alignment(m), np.minimum(alignment(n), alignment(k)),
+    ]  # fmt: skip
 
 
 def _batched_work(c: Columns) -> Work:

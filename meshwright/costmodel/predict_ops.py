@@ -78,14 +78,15 @@ def answer(model: CostModel, rows: dict[str, list[str]], where: str) -> tuple[np
 def _collective(model: CostModel, c: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     n = len(c["bytes"])
     middle, low, high, basis = np.empty(n), np.empty(n), np.empty(n), np.full(n, "fitted", object)
-    text = np.array([f"{op}|{int(r)}|{int(d)}|{k}" for op, r, d, k in zip(c["op"], c["ranks"], c["nodes"], c["kernel"])], object)
+    parts = zip(c["op"], c["ranks"], c["nodes"], c["kernel"], c["dtype"])
+    text = np.array([f"{op}|{int(r)}|{int(d)}|{k}|{dtype}" for op, r, d, k, dtype in parts], object)
     for key in set(text):
         mask = text == key
-        op, ranks, nodes, kernel = key.split("|")
+        op, ranks, nodes, kernel, dtype = key.split("|")
         size = c["bytes"][mask]
-        seconds = model.collective_seconds(op, size, int(ranks), int(nodes), kernel)
+        seconds = model.collective_seconds(op, size, int(ranks), int(nodes), kernel, dtype)
         if seconds is None and kernel:  # a kernel that was not measured: NCCL's time
-            seconds = model.collective_seconds(op, size, int(ranks), int(nodes))
+            seconds = model.collective_seconds(op, size, int(ranks), int(nodes), dtype=dtype)
         spread: Spread = model.link_spread.get(f"{op}|{kernel}" if kernel else op, WIDE)
         if seconds is None:
             seconds, spread = datasheet_collective(model, op, size, int(ranks)), WIDE

@@ -79,3 +79,29 @@ def _lines(nbytes: np.ndarray, seconds: np.ndarray, breaks: tuple[float, ...]) -
 def _value(nbytes: np.ndarray, breaks: tuple[float, ...], lines: np.ndarray) -> np.ndarray:
     i = np.searchsorted(np.array(breaks), nbytes, side="right")
     return np.asarray(lines[i, 0] + lines[i, 1] * nbytes)
+
+
+# Where the shift of one-byte reductions is kept, log2 of bytes; between them it is interpolated.
+SHIFT_AT = (13.0, 18.0, 22.0, 28.0)
+
+
+def byte_shift(groups: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[float]:
+    """How much longer a collective of one-byte elements takes than one of as many bytes in wider ones: a reduction adds twice as
+    many elements. Log factors at SHIFT_AT, medians over the sizes that were measured in both.
+
+    `groups` hold (bytes, seconds, whether the element has one byte) of each number of ranks.
+    """
+    at, ratio = [], []
+    for size, seconds, single in groups:
+        for b in np.intersect1d(size[single], size[~single]):
+            at.append(np.log2(b))
+            ratio.append(np.log(np.median(seconds[single & (size == b)]) / np.median(seconds[~single & (size == b)])))
+    where, values = np.array(at), np.array(ratio)
+    edges = np.array([16.0, 20.0, 24.0])
+    band = np.searchsorted(edges, where, side="right")
+    return [float(np.median(values[band == i])) if (band == i).sum() >= 3 else 0.0 for i in range(len(SHIFT_AT))]
+
+
+def shifted(nbytes: np.ndarray, shift: list[float]) -> np.ndarray:
+    """Factor of a one-byte collective at these sizes."""
+    return np.asarray(np.exp(np.interp(np.log2(np.maximum(nbytes, 1.0)), SHIFT_AT, shift)))

@@ -214,8 +214,7 @@ def _provenance(search: Search) -> tuple[str, ...]:
         return told
     measured = ", ".join(sorted(k for k, v in basis.items() if v == "fitted"))
     missing = ", ".join(sorted(k for k, v in basis.items() if v == "datasheet"))
-    p = costs.provenance
-    lines = [f"{measured or 'no op'}: compiled cost model of {costs.device} ({p.get('kind', 'fitted')}; {p.get('source', 'no source given')})"]
+    lines = [f"{measured or 'no op'}: compiled cost model of {costs.device} ({costs.origin})"]
     if missing:
         lines.append(f"{missing}: no samples, priced by the datasheet and rooflines")
     if costs.links and search.space.cluster.node_link.provenance in ("datasheet", "fitted"):

@@ -24,8 +24,8 @@ def render_costs(model: CostModel) -> str:
     console = Console(file=out, width=WIDTH, highlight=False, no_color=True)
     p = model.provenance
     console.print(f"Cost model of {model.device}")
-    console.print(f"  {p.get('kind', 'fitted')}: {p.get('source', 'no source given')}")
-    for key in ("date", "torch", "driver", "gpu"):
+    console.print(f"  {model.origin}")
+    for key in ("gpu", "torch", "driver", "threads", "ranks"):
         if p.get(key):
             console.print(f"  {key}: {p[key]}")
     counts = p.get("samples", {})

@@ -59,7 +59,13 @@ def test_notes_state_options() -> None:
 
 @pytest.mark.parametrize(
     ("release", "software", "year", "expected"),
-    [("25.11", "", None, 2025 + 10 / 12), ("2023", "", None, 2023.5), ("", "engine-2022", 2024, 2022.5), ("v0.9", "", 2024, 2024.5), ("", "", None, None)],
+    [
+        ("25.11", "", None, 2025 + 10 / 12),
+        ("2023", "", None, 2023.5),
+        ("", "engine-2022", 2024, 2022.5),
+        ("v0.9", "", 2024, 2024.5),
+        ("", "", None, None),
+    ],
 )
 def test_release_is_a_date(release: str, software: str, year: float | None, expected: float | None) -> None:
     """A monthly container, a bare year, a year in the name, or the row's year."""

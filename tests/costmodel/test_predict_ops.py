@@ -40,6 +40,13 @@ def test_rows_keep_their_order_columns_and_unit(model: CostModel, tmp_path: Path
         assert row["latency_basis"] == "fitted"
 
 
+def test_rows_of_one_op_may_name_their_dtype_in_different_columns(model: CostModel, tmp_path: Path) -> None:
+    header = "op_name,kernel_source,nccl_dtype,allreduce_dtype,num_gpus,message_size"
+    got = ask(model, tmp_path, "all_reduce,NCCL,half,,8,33554432", "all_reduce,NCCL,,bfloat16,8,33554432", header=header)
+
+    assert got[0]["latency_p50"] == got[1]["latency_p50"]
+
+
 def test_what_was_not_measured_is_answered_from_the_datasheet(model: CostModel, tmp_path: Path) -> None:
     rows = ask(model, tmp_path, "gemm,,fp8,1024,4096,4096,,,,", "alltoall,NCCL,,,,,half,8,524288,")
 

@@ -116,8 +116,8 @@ def test_recompute_and_sharding_save_memory() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("", "1f1b"), ("1F1B (DeepSpeed)", "1f1b"), ("1F1B-I", "interleaved"), ("Interleaved 1F1B", "interleaved"), ("ZBH1", "zb-1p"), ("ZB-H2", "zb-2p"),
-     ("ZB-V", "zb-v"), ("V-Half", "v-half"), ("DualPipeV", "dualpipe-v"), ("DualPipe", "dualpipe"), ("GPipe", "gpipe")],
+    [("", "1f1b"), ("1F1B (DeepSpeed)", "1f1b"), ("1F1B-I", "interleaved"), ("Interleaved 1F1B", "interleaved"), ("ZBH1", "zb-1p"),
+     ("ZB-H2", "zb-2p"), ("ZB-V", "zb-v"), ("V-Half", "v-half"), ("DualPipeV", "dualpipe-v"), ("DualPipe", "dualpipe"), ("GPipe", "gpipe")],
 )  # fmt: skip
 def test_schedules_by_any_spelling(text: str, expected: str) -> None:
     """Published tables do not agree on names."""
@@ -134,7 +134,9 @@ def test_shardings_by_any_spelling(text: str, expected: tuple[int, float]) -> No
     assert sharding_of(text, 64) == expected
 
 
-@pytest.mark.parametrize(("text", "expected"), [("", ""), ("False", "none"), ("True", "full"), ("selective", "selective"), ("block", "full"), ("core_attn", "selective")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", ""), ("False", "none"), ("True", "full"), ("selective", "selective"), ("block", "full"), ("core_attn", "selective")]
+)
 def test_recompute_by_any_spelling(text: str, expected: str) -> None:
     """Empty stays empty: the engine decides."""
     assert recompute_of(text) == expected
@@ -184,13 +186,20 @@ def test_predictions_keep_every_row(tmp_path: Path) -> None:
     assert list(written[0]) == ["id", "step_s_p05", "step_s_p50", "step_s_p95", "peak_bytes_p50", "fits", "unmodelled"]
     assert [r["id"] for r in written] == ["a", "b", "c"]
     assert float(written[0]["step_s_p05"]) < float(written[0]["step_s_p50"]) < float(written[0]["step_s_p95"])
-    assert written[1]["step_s_p50"] == "" and "unheard of" in written[1]["unmodelled"]
-    assert written[2]["fits"] == "true" and written[2]["unmodelled"] == ""
+    assert written[1]["step_s_p50"] == ""
+    assert "unheard of" in written[1]["unmodelled"]
+    assert written[2]["fits"] == "true"
+    assert written[2]["unmodelled"] == ""
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("id,gpu\na,H100\n", "has no column 'n_gpus'"), ("id,gpu,n_gpus\n", "has a header and no rows"), (b"\xff\xfe\x00", "not a CSV")],
+    [
+        (None, "does not exist"),
+        ("id,gpu\na,H100\n", "has no column 'n_gpus'"),
+        ("id,gpu,n_gpus\n", "has a header and no rows"),
+        (b"\xff\xfe\x00", "not a CSV"),
+    ],
 )
 def test_a_broken_table_is_refused_in_one_sentence(tmp_path: Path, content: str | bytes | None, message: str) -> None:
     """The file and what is wrong with it."""
@@ -209,13 +218,16 @@ def test_one_measured_step_scales_runs_on_that_device_and_engine(tmp_path: Path)
     scale = read_calibration(tmp_path / "scale.json")
     table = write(tmp_path / "runs.csv", [cells, cells | {"id": "b", "gpu": "H100"}])
     with_scale, without = predict_runs(table, calibration=scale), predict_runs(table)
-    assert with_scale[0].step_s is not None and without[0].step_s is not None
+    assert with_scale[0].step_s is not None
+    assert without[0].step_s is not None
     assert with_scale[0].step_s[1] == pytest.approx(3.0, rel=1e-6)
     assert without[0].step_s[1] == pytest.approx(3.0 / scale.scale, rel=1e-6)
     assert with_scale[1] == without[1]
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "must be a JSON object"), ('{"gpu": "H100"}', "step_s must be the measured seconds")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "is not JSON"), ("[1]", "must be a JSON object"), ('{"gpu": "H100"}', "step_s must be the measured seconds")]
+)
 def test_a_broken_measurement_is_refused(tmp_path: Path, content: str, message: str) -> None:
     """One sentence that names the file."""
     path = tmp_path / "measured.json"

@@ -69,30 +69,27 @@ class Case:
         return "-".join([self.model, f"{self.world}ranks", *degrees, self.recompute])
 
 
-LAYOUTS: dict[int, list[dict[str, Any]]] = {
-    2: [*({"dp": 2, "zero": z} for z in range(4)), {"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}],
-    4: [
-        {"dp": 4, "zero": 1}, {"dp": 4, "zero": 3}, {"tp": 4}, {"tp": 4, "sp": True}, {"pp": 4}, {"tp": 2, "dp": 2, "zero": 2},
-        {"tp": 2, "sp": True, "dp": 2, "zero": 3}, {"pp": 2, "dp": 2, "zero": 1}, {"pp": 2, "dp": 2, "zero": 3},
-    ],
-    8: [
-        {"dp": 8, "zero": 0}, {"dp": 8, "zero": 2}, {"tp": 4, "sp": True, "dp": 2, "zero": 1}, {"pp": 4, "dp": 2, "zero": 2},
-        *({"pp": 2, "tp": 2, "sp": z % 2 == 1, "dp": 2, "zero": z} for z in range(4)),
-    ],
-}  # fmt: skip
+# every kind of layout, on the fewest ranks that have it
+KINDS: list[dict[str, Any]] = [
+    *({"dp": 2, "zero": z} for z in range(4)), {"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {"tp": 2, "dp": 2, "zero": 2},
+    {"pp": 2, "dp": 2, "zero": 1}, {"pp": 2, "tp": 2, "sp": True, "dp": 2, "zero": 3},
+]  # fmt: skip
+WIDER: list[dict[str, Any]] = [
+    {"dp": 4, "zero": 1}, {"dp": 4, "zero": 3}, {"tp": 4}, {"tp": 4, "sp": True}, {"pp": 4}, {"tp": 2, "sp": True, "dp": 2, "zero": 3},
+    {"pp": 2, "dp": 2, "zero": 3}, {"dp": 8, "zero": 0}, {"dp": 8, "zero": 2}, {"tp": 4, "sp": True, "dp": 2, "zero": 1},
+    {"pp": 4, "dp": 2, "zero": 2}, *({"pp": 2, "tp": 2, "dp": 2, "zero": z} for z in range(3)),
+]  # fmt: skip
 
 
 def _cases() -> list[Case]:
-    """Every layout for Llama, with and without recompute; for the others each with one kind in turn, and half of those on 8 ranks."""
+    """Every kind of layout for every model with and without recompute; wider ones with each recompute in turn, all of them for Llama."""
     found = []
     for turn, model in enumerate(("llama", "qwen3", "gpt2", "mixer")):
-        for world, layouts in LAYOUTS.items():
-            for i, layout in enumerate(layouts):
-                if turn and world == 8 and (i + turn) % 2:
-                    continue
-                wanted = ["none", "full"] if turn == 0 else [("none", "full", "selective")[(i + turn + world // 4) % 3]]
-                found += [Case(model, **layout, recompute=r) for r in wanted]
-    return list(dict.fromkeys(found))
+        found += [Case(model, **layout, recompute=r) for layout in KINDS for r in ("none", "full")]
+        for i, layout in enumerate(WIDER):
+            if turn == 0 or i % 3 == turn - 1:
+                found.append(Case(model, **layout, recompute=("selective", "none", "full")[(i + turn) % 3]))
+    return found
 
 
 CASES = _cases()

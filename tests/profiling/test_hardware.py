@@ -19,7 +19,8 @@ COLUMNS = ["framework", "version", "device", "op_name", "kernel_source", "gemm_d
 def profile() -> HardwareProfile:
     p = HardwareProfile("Made-1", {"sms": 10, "peak_flops": {"bf16": 1e14}}, {"date": "2026-01-01"})
     p.add("gemm", [GEMM, {**GEMM, "m": 1, "spread": 0.02, "runs": 7}])
-    p.add("collective", [{"backend": "gloo", "kernel": "", "op": "all_reduce", "dtype": "fp32", "ranks": 4, "nodes": 1, "bytes": 4096, "seconds": 1e-4}])
+    call = {"backend": "gloo", "kernel": "", "op": "all_reduce", "dtype": "fp32", "ranks": 4, "nodes": 1, "bytes": 4096}
+    p.add("collective", [{**call, "seconds": 1e-4}])
     return p
 
 

@@ -70,13 +70,15 @@ def convert(op: str, rows: Text, count: int, where: str) -> dict[str, np.ndarray
     family = FAMILIES[op]
     out: dict[str, np.ndarray] = {}
     for ours, theirs in family.columns.items():
-        name = next((t for t in theirs if t in rows and any(rows[t])), None)
-        if name is None:
+        given = [t for t in theirs if t in rows and any(rows[t])]
+        if not given:
             if ours in OPTIONAL:
                 continue
             raise InputError(f"{where}: rows of {op} have no column {' or '.join(theirs)}")
-        if ours in TEXT:
-            out[ours] = np.array([DTYPES.get(x, x) for x in rows[name]], object)
+        name = given[0]
+        if ours in TEXT:  # of two columns that mean the same, each row may fill another
+            cells = [next((x for x in row if x), "") for row in zip(*(rows[t] for t in given))]
+            out[ours] = np.array([DTYPES.get(x, x) for x in cells], object)
         else:
             out[ours] = numbers(rows[name], where, name)
             bad = np.flatnonzero(~(out[ours] >= (0 if ours in ("step", "window", "kv_heads") else 1)))
