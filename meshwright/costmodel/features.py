@@ -69,8 +69,8 @@ def _layer(run: Run, layer: Layer) -> dict[str, float]:
     spread = tp if run.sp else 1
     back = layer.backward_over_forward if e.fusion == "eager" else 2.0
     heavy = len(layer.products) + 1
-    f["pointwise_f"] = tokens * (t.whole / spread + t.split / tp) / d.memory_Bps + max(0, t.kernels - t.routed_kernels - heavy) * o.r.t0
-    f["pointwise_e_f"] = tokens * t.routed / tp / d.memory_Bps + max(0, t.routed_kernels - len(layer.expert_products)) * o.r.t0
+    f["pointwise_f"] = tokens * (t.whole / spread + t.split / tp) / d.memory_Bps + max(0, t.kernels - t.routed_kernels - heavy) * o.launch_s
+    f["pointwise_e_f"] = tokens * t.routed / tp / d.memory_Bps + max(0, t.routed_kernels - len(layer.expert_products)) * o.launch_s
     f["pointwise_b"], f["pointwise_e_b"] = f["pointwise_f"] * back, f["pointwise_e_f"] * back
     f["kernels_f"], f["kernels_e_f"] = kernels, routed_kernels
     f["row_products"] = layer.row_products

@@ -259,6 +259,14 @@ class CostModel:
         p50, low, high, basis = self._price(kind, False, columns, ranges=True)
         return Estimate(p50 * np.exp(low), p50, p50 * np.exp(high), basis)
 
+    def group(self, kind: str, **names: str) -> Group:
+        """The constants that calls with these names (dtype, op, backend) are priced by. InputError if there are none."""
+        fitted = self.classes.get(kind)
+        found = _nearest(OP_CLASSES[kind], fitted, names) if fitted else None
+        if fitted is None or found is None:
+            raise InputError(f"the cost model of {self.device} has no samples of {kind} {' '.join(names.values())}")
+        return fitted.groups[found]
+
     def basis(self, kind: str, **names: str) -> str:
         """ "fitted" if calls with these names (dtype, op, backend) were measured, else "datasheet"."""
         fitted = self.classes.get(kind)
