@@ -1,6 +1,7 @@
 """How far predictions are from published training runs, each source judged by constants fitted on the others.
 
     python benchmarks/accuracy.py --runs runs.csv [--where split=calib] [--ablate] [--write-constants PATH]
+    python benchmarks/accuracy.py --ops TREE      # errors of compiled cost models on ops held out, for each GPU of the tree
 
 A source is a value of `source_key`. A job is the runs that share source, model, GPU, GPUs, sequence, precision and batch, with three
 layouts or more; within it, Spearman rank correlation of predicted and published time, and regret: published time of the layout
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from op_accuracy import report_ops
 from rich.console import Console
 from rich.table import Table
 
@@ -114,17 +116,36 @@ def memory(batch: Batch) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, help="a table of published runs (CSV)")
+    parser.add_argument("--ops", type=Path, help="a tree of operator tables, the folder that holds systems/")
     parser.add_argument("--where", default="", help="keep the rows where a column has a value, like split=calib")
     parser.add_argument("--worst", type=int, default=20, help="how many of the worst runs to show")
     parser.add_argument("--ablate", action="store_true", help="leave out one ingredient after another")
     parser.add_argument("--write-constants", type=Path, help="write the constants fitted on all rows")
     args = parser.parse_args()
-    if args.runs is None:
-        parser.error("name a table of runs: --runs runs.csv")
+    if args.runs is None and args.ops is None:
+        parser.error("name a table of runs (--runs runs.csv) or a tree of operator tables (--ops TREE)")
     try:
-        run(args)
+        if args.ops:
+            report_ops(args.ops, [], 950.0, console)
+        if args.runs:
+            run(args)
     except InputError as e:
         sys.exit(f"accuracy: {e}")
+
+
+def calibrated(batch: Batch, seconds: np.ndarray, predicted: np.ndarray) -> None:
+    """Errors after one measured step scales the others: of the same source, model and GPU, each run by the one listed before it."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for i, r in enumerate(batch.runs):
+        groups.setdefault((r.source, r.model, r.device.name), []).append(i)
+    errors = []
+    for rows in groups.values():
+        for i, by in zip(rows, [rows[-1], *rows[:-1]]):
+            if i != by:
+                errors.append(abs(predicted[i] * seconds[by] / predicted[by] / seconds[i] - 1) * 100)
+    if errors:
+        median, mean, p90 = percentiles(np.array(errors))
+        console.print(f"scaled by one measured step of its source, model and GPU: median {median} %, mean {mean} %, p90 {p90} % ({len(errors)} runs)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -133,6 +154,7 @@ def run(args: argparse.Namespace) -> None:
     predicted, folds = leave_one_out(batch, seconds, source, everything)
     theta = fit(batch, seconds, source, everything)
     report(batch, seconds, source, predicted, theta, args.worst)
+    calibrated(batch, seconds, predicted)
     memory(batch)
     ranges = np.array(list(folds.values()))
     table = Table("constant", "fitted on all", "range over folds", title="constants")

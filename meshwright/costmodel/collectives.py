@@ -20,8 +20,9 @@ from typing import Literal
 
 import numpy as np
 
+from meshwright.costmodel import constants
 from meshwright.costmodel.model import CostModel
-from meshwright.profiling.cluster import Group
+from meshwright.profiling.cluster import Group, Link
 
 Op = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
@@ -42,11 +43,17 @@ def seconds(op: Op, nbytes: np.ndarray | float, group: Group, costs: CostModel |
     if op == "all_to_all":
         part = size / group.size
         inside = (g - 1) * (node.latency_s + part / node.bandwidth_Bps)
-        outside = (nodes > 1) * ((nodes - 1) * net.latency_s + part * (group.size - g) / net.bandwidth_Bps)
+        outside = (nodes > 1) * ((nodes - 1) * net.latency_s + part * (group.size - g) / reached_Bps(net))
         return np.asarray(inside + outside)
     inside = (g - 1) * node.latency_s + size * (g - 1) / g / node.bandwidth_Bps
-    outside = (nodes - 1) * net.latency_s + size / g * (nodes - 1) / nodes / net.bandwidth_Bps
+    outside = (nodes - 1) * net.latency_s + size / g * (nodes - 1) / nodes / reached_Bps(net)
     return np.asarray(inside + outside)
+
+
+def reached_Bps(link: Link) -> float:
+    """Bandwidth of a network that collectives reach: what was measured, or the share of the nominal one that published runs show
+    (constants.yaml, "inter")."""
+    return link.bandwidth_Bps * (1.0 if link.provenance == "measured" else constants.value("inter"))
 
 
 def _measured(op: Op, size: np.ndarray, group: Group, costs: CostModel) -> np.ndarray | None:
@@ -66,14 +73,15 @@ def _measured(op: Op, size: np.ndarray, group: Group, costs: CostModel) -> np.nd
     if nodes == 1:
         return inside
     if op == "all_to_all":
-        outside = size / group.size * (group.size - g) / net.bandwidth_Bps
+        outside = size / group.size * (group.size - g) / reached_Bps(net)
     else:
-        outside = (2.0 if op == "all_reduce" else 1.0) * size / g * (nodes - 1) / nodes / net.bandwidth_Bps
+        outside = (2.0 if op == "all_reduce" else 1.0) * size / g * (nodes - 1) / nodes / reached_Bps(net)
     hops = (2.0 if op == "all_reduce" else 1.0) * (nodes - 1) * net.latency_s
     return np.asarray(np.maximum(inside, outside) + hops)
 
 
 def send_seconds(nbytes: np.ndarray | float, group: Group) -> np.ndarray:
     """Seconds to send `nbytes` between two neighbours of a group (pipeline stages)."""
-    link = group.network_link if group.nodes > 1 else group.node_link
-    return np.asarray(link.latency_s + np.asarray(nbytes, float) / link.bandwidth_Bps)
+    if group.nodes > 1:
+        return np.asarray(group.network_link.latency_s + np.asarray(nbytes, float) / reached_Bps(group.network_link))
+    return np.asarray(group.node_link.latency_s + np.asarray(nbytes, float) / group.node_link.bandwidth_Bps)

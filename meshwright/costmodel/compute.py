@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meshwright.costmodel import constants
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.profiling.cluster import Device
 from meshwright.profiling.graph import Amount, Op, TensorSpec, Work
@@ -77,9 +78,9 @@ def _byte_shares(op: Op, sharded: ShardedBlock) -> tuple[float, float]:
     return ratio[0], ratio[1]
 
 
-# Sixteen-bit products inside a training step reach this share of their isolated rate: fits of ten constants to 573 published
-# runs, each source left out in turn, gave 0.78 to 0.82. Sustained power and clocks are the likely cause.
-IN_STEP = 0.80
+# Sixteen-bit products inside a training step reach this share of their isolated rate: fitted to published runs, each source left
+# out in turn (constants.yaml). Sustained power and clocks are the likely cause.
+IN_STEP = constants.value("gemm16")
 
 
 def op_seconds(table: OpTable, device: Device, batches: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from meshwright.costmodel.training import CONSTANTS, NAMES
 from meshwright.profiling.errors import InputError
 
 FILE = Path(__file__).with_name("constants.yaml")
@@ -26,8 +25,16 @@ class Fitted:
 
 
 @lru_cache
+def value(name: str) -> float:
+    """One shipped constant by name, for parts of the cost model that are not fitted themselves."""
+    return float(yaml.safe_load(FILE.read_text())["constants"][name]["value"])
+
+
+@lru_cache
 def load(path: Path = FILE) -> Fitted:
     """The shipped constants, or those of another file. InputError names what is missing."""
+    from meshwright.costmodel.training import NAMES
+
     try:
         data: Any = yaml.safe_load(path.read_text())
         theta = np.array([float(data["constants"][name]["value"]) for name in NAMES])
@@ -39,6 +46,8 @@ def load(path: Path = FILE) -> Fitted:
 
 def text(theta: np.ndarray, folds: Mapping[str, np.ndarray], spread: Mapping[str, tuple[float, float]], provenance: Mapping[str, Any]) -> str:
     """The file's content. `folds` are the constants fitted without each source; only their range is kept."""
+    from meshwright.costmodel.training import CONSTANTS, NAMES
+
     ranges = np.array(list(folds.values()))
     lines = ["# Constants of the step model (costmodel/training.py), fitted to published training runs. No constant names a source or a model.",
              "# `folds` is the range when one source after another is left out. `spread` is published over predicted step time of the sources",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.costmodel import constants
 from meshwright.costmodel.compute import IN_STEP, backward_table, forward_table, op_seconds
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.opclasses import alignment
@@ -23,10 +24,10 @@ FLASH2_ON_HOPPER = 0.60
 HOPPER_FLOPS = 6e14  # a device with more 16-bit FLOP/s than this is Hopper or later
 
 
-# Tensor cores lose speed on sizes that 64 does not divide: (1 + 0.57 log2(64 / g) / 3) with g the largest power of two that divides
+# Tensor cores lose speed on sizes that 64 does not divide: (1 + c log2(64 / g) / 3) with g the largest power of two that divides
 # both the width and the reduction. Fitted to published training steps; operator tables hold round sizes only. A published scan saw
 # 14,400 columns take 41 % longer than 13,824 for 8.5 % more work.
-MISALIGNED = 0.57
+MISALIGNED = constants.value("misalign")
 
 
 @dataclass

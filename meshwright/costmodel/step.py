@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from meshwright.costmodel import collectives
+from meshwright.costmodel import collectives, constants
 from meshwright.costmodel.memory import SAVED_KINDS, BlockMemory, block_memory
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.pricing import price_ops
@@ -27,8 +27,8 @@ from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.graph import ModelGraph
 
 RECOMPUTE = ("none", "selective", "full")
-# Share of a block's compute under which FSDP's prefetched traffic disappears. Published runs bound it only loosely, 0.5 to 0.82.
-OVERLAP = 0.7
+# Share of traffic that hides behind compute where there is enough of it, fitted to published runs (constants.yaml).
+OVERLAP = constants.value("overlap")
 OPTIMIZER_BYTES = 28.0  # AdamW per parameter: reads fp32 parameter, gradient, two moments; writes three of them
 ACCUMULATE_BYTES = 10.0  # per parameter and microbatch: reads a 16-bit gradient, reads and writes an fp32 sum
 # Nine of ten uncalibrated predictions of published runs by models of this kind were within this factor.
@@ -185,8 +185,11 @@ class Bound:
         zero, dp, pp = (x[:, None] for x in (layouts.zero, layouts.dp, layouts.pp))
         many = layouts.microbatches[:, None] > 1
 
+        # on a CPU the cores that would compute move the traffic, so nothing hides
+        hidden = OVERLAP if self.cluster.device.kind == "cuda" else 0.0
+
         def exposed(traffic: np.ndarray, behind: np.ndarray) -> np.ndarray:
-            return np.maximum(traffic - OVERLAP * behind, 0.0)
+            return np.maximum(traffic - hidden * behind, 0.0)
 
         per_forward = np.where(zero == 3, exposed(gather, forward), 0.0)
         regather = np.where(self.repeated, gather, 0.0)  # the root stays gathered between forward and backward

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from meshwright.costmodel import constants
 from meshwright.costmodel.model import CostModel, for_device
 from meshwright.costmodel.pipeline import Event, makespan, simulate
 from meshwright.costmodel.step import SPREAD
@@ -210,6 +211,9 @@ def _provenance(search: Search) -> tuple[str, ...]:
     """Where the figures come from; each kind of op that only the datasheet prices is named."""
     costs, basis = search.space.costs, search.bound.basis
     told = search.space.cluster.provenance
+    if search.space.cluster.network_link.provenance != "measured":
+        share = f", at the {constants.value('inter'):.0%} of it that published runs reach"
+        told = tuple(t + share if t.startswith("network") else t for t in told)
     if costs is None:
         return told
     measured = ", ".join(sorted(k for k, v in basis.items() if v == "fitted"))

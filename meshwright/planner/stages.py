@@ -101,18 +101,30 @@ class Stages:
         for first in range(n):
             extra[first, first + 1 :] = np.maximum.accumulate(p.working[first:] - p.kept[first:])
             layer[first, first + 1 :] = np.maximum.accumulate(p.numel[first:])
-        c, e, live = [], [], []
-        for stage in range(p.pp):
-            ends = [p.before] * (stage == 0) + [p.after] * (stage == p.pp - 1)
-            transfers = (stage > 0) + (stage < p.pp - 1)
-            c.append(np.where(none, np.inf, between["c"] + sum(x[0] for x in ends) + p.send_s * transfers))
-            e.append(np.where(none, np.inf, between["e"] + sum(x[1] for x in ends)))
+        kinds: dict[tuple[bool, bool], tuple[np.ndarray, ...]] = {}  # first or not, last or not: the stages between are alike
+
+        def of_kind(first: bool, last: bool) -> tuple[np.ndarray, ...]:
+            ends = [p.before] * first + [p.after] * last
+            transfers = (not first) + (not last)
+            c = np.where(none, np.inf, between["c"] + sum(x[0] for x in ends) + p.send_s * transfers)
+            e = np.where(none, np.inf, between["e"] + sum(x[1] for x in ends))
             root = sum(x[4] for x in ends)
-            numel = between["numel"] + root
-            held = persistent_bytes(numel, layer, root, zero=p.zero, dp=p.dp, compute_bytes=p.compute_bytes, accumulates=p.microbatches > 1)
+            held = persistent_bytes(
+                between["numel"] + root, layer, root, zero=p.zero, dp=p.dp, compute_bytes=p.compute_bytes, accumulates=p.microbatches > 1
+            )
             kept = between["kept"] + sum(x[2] for x in ends) + p.carry_bytes * transfers
             spikes = np.maximum(extra, max([0.0, *(x[3] - x[2] for x in ends)]))
-            live.append(np.where(none, np.inf, sum(held) + in_flight(p.pp, stage, p.microbatches) * kept + spikes))
+            return c, e, sum(held) + spikes, kept
+
+        c, e, live = [], [], []
+        for stage in range(p.pp):
+            kind = (stage == 0, stage == p.pp - 1)
+            if kind not in kinds:
+                kinds[kind] = of_kind(*kind)
+            stage_c, stage_e, held, kept = kinds[kind]
+            c.append(stage_c)
+            e.append(stage_e)
+            live.append(np.where(none, np.inf, held + in_flight(p.pp, stage, p.microbatches) * kept))
         return c, e, live
 
     def _least_largest(self, cost: list[np.ndarray]) -> tuple[float, list[int]]:

@@ -14,7 +14,7 @@ from meshwright.profiling.cluster import Group, Link
 
 OPS: tuple[Op, ...] = get_args(Op)
 NODE = Link(bandwidth_Bps=4e11, latency_s=3e-6)
-NET = Link(bandwidth_Bps=5e10, latency_s=1e-5)
+NET = Link(bandwidth_Bps=5e10, latency_s=1e-5, provenance="measured")
 
 
 def group(nodes: int, per_node: int) -> Group:
@@ -32,6 +32,17 @@ def test_ring_on_one_tier(n: int, nbytes: float, network: bool) -> None:
     assert seconds("reduce_scatter", nbytes, flat) == pytest.approx(ring)
     assert seconds("all_reduce", nbytes, flat) == pytest.approx(2 * ring)
     assert seconds("all_to_all", nbytes, flat) == pytest.approx((n - 1) * (link.latency_s + nbytes / n / link.bandwidth_Bps))
+
+
+def test_a_network_that_was_not_measured_is_not_taken_at_its_nominal_bandwidth() -> None:
+    """Published runs reach a share of it; a measured link is taken as it is."""
+    measured = group(4, 1)
+    nominal = measured.model_copy(update={"network_link": NET.model_copy(update={"provenance": "datasheet"})})
+
+    ratio = seconds("all_gather", 1e10, nominal) / seconds("all_gather", 1e10, measured)
+
+    assert 1.2 < ratio < 1.8
+    assert send_seconds(1e10, nominal) > send_seconds(1e10, measured)
 
 
 @pytest.mark.parametrize("op", OPS)

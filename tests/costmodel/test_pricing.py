@@ -7,6 +7,7 @@ import pytest
 
 from meshwright.costmodel import collectives
 from meshwright.costmodel.compile import compile_profile
+from meshwright.costmodel.compute import IN_STEP
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.pricing import misalignment, price_ops
 from meshwright.costmodel.sharded import ShardedBlock
@@ -47,7 +48,7 @@ def test_products_are_priced_at_the_shapes_that_a_rank_has(costs: CostModel, gra
         # column-parallel products divide n, row-parallel ones k
         n, k = (n / 4, k) if layer.states[op.name] != "P" else (n, k / 4)
         expected = costs.seconds("gemm", dtype="bf16", m=m, n=np.full(2, float(n)), k=np.full(2, float(k)))
-        factor = misalignment(device, "bf16", np.full(2, float(n)), np.full(2, float(k))) / 0.8
+        factor = misalignment(device, "bf16", np.full(2, float(n)), np.full(2, float(k))) / IN_STEP
         np.testing.assert_allclose(got.forward[:, i], expected * factor)
     assert got.basis["gemm"] == "fitted"
     assert {wide, narrow} <= {*(op.dims["n"] / 4 for op in layer.block.ops if op.kind == "matmul"), 256.0}
@@ -63,7 +64,7 @@ def test_backward_of_a_product_is_its_two_products(costs: CostModel, graph: Mode
 
     m, n, k = (np.array([float(x)]) for x in (2 * 512, d["n"], d["k"]))
     expected = costs.seconds("gemm", dtype="bf16", m=m, n=k, k=n) + costs.seconds("gemm", dtype="bf16", m=n, n=k, k=m)
-    assert got.backward[0, i] == pytest.approx(float(expected[0]) / 0.8, rel=1e-6)
+    assert got.backward[0, i] == pytest.approx(float(expected[0]) / IN_STEP, rel=1e-6)
 
 
 def test_odd_sizes_cost_more() -> None:
