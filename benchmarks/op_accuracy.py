@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -23,24 +22,16 @@ from meshwright.costmodel.compile import compile_profile
 from meshwright.costmodel.model import CostModel, shipped_names
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.importers.aiconfigurator import import_tree
+from meshwright.report.costs import merged
 
 SPLITS = ("random fifth", "largest tenth", "unseen shapes")
 
 
-def grouped(report: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Median, p90 and coverage by class and group for every split; DeepEP and collectives over all their groups by size."""
-    out: dict[str, dict[str, dict[str, float]]] = {}
-    small: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for r in report:
-        name = f"{r['class']} {r['group'].replace('|', ' ')}"
-        if r["class"] == "deepep":
-            small.setdefault((f"deepep {r['group'].split('|')[0]} {r['group'].split('|')[1]}", r["split"]), []).append(r)
-            continue
-        out.setdefault(name, {})[r["split"]] = r
-    for (name, split), rows in small.items():
-        n = np.array([r["n"] for r in rows], float)
-        mean = {k: float((n * [r[k] for r in rows]).sum() / n.sum()) for k in ("median", "p90")}
-        out.setdefault(name, {})[split] = {"n": float(n.sum()), **mean}
+def grouped(report: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Errors by class and group, then by split."""
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in merged(report):
+        out.setdefault(f"{r['class']} {r['group']}", {})[r["split"]] = r
     return out
 
 

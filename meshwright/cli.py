@@ -203,21 +203,21 @@ def profile_import(
 
 @costs_app.command("compile")
 def costs_compile(
-    profile: Annotated[str, typer.Argument(help="a profile that 'profile measure' or 'profile import' wrote")],
+    profile: Annotated[list[str], typer.Argument(help="what 'profile measure' or 'profile import' wrote; several of one device are put together")],
     output: Annotated[str, typer.Option("-o", "--output", help="the cost model to write, like h100.costs")],
     max_kb: Annotated[int, typer.Option(help="size of the file at most, in kB; residuals are cut where it costs the least accuracy")] = 950,
     as_json: JsonOpt = False,
 ) -> None:
     """Fit every class of op and collective, and judge each fit on samples that it did not see."""
     from meshwright.costmodel.compile import compile_profile
-    from meshwright.profiling.hardware import read_profile
+    from meshwright.profiling.hardware import merge, read_profile
     from meshwright.report.costs import render_costs
 
     if max_kb < 1:
         raise InputError(f"--max-kb must be at least 1, not {max_kb}")
     with _progress() as say:
-        say(f"reading {profile}")
-        model = compile_profile(read_profile(Path(profile)), say, most_bytes=max_kb * 1000.0)
+        say(f"reading {', '.join(profile)}")
+        model = compile_profile(merge([read_profile(Path(p)) for p in profile]), say, most_bytes=max_kb * 1000.0)
         model.save(Path(output))
     if as_json:
         print(json.dumps({"file": output, "device": model.device, "provenance": model.provenance, "report": model.report}, indent=2))

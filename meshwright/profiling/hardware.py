@@ -87,6 +87,23 @@ def concat(kind: str, tables: list[Table]) -> Table:
     return {c: np.concatenate([t.get(c, np.full(len(t["seconds"]), np.nan)) for t in tables]) for c in columns}
 
 
+def merge(profiles: list[HardwareProfile]) -> HardwareProfile:
+    """Several profiles of one device as one: facts and provenance of the first that has them, all samples. InputError for two devices."""
+    first = profiles[0]
+    for p in profiles[1:]:
+        if p.device != first.device:
+            raise InputError(f"the profiles are of two devices, {first.device} and {p.device}: compile each on its own")
+    out = HardwareProfile(first.device)
+    for p in profiles:
+        out.facts = {**p.facts, **out.facts}
+        out.provenance = {**p.provenance, **out.provenance}
+    for kind in CLASSES:
+        tables = [p.tables[kind] for p in profiles if kind in p.tables]
+        if tables:
+            out.tables[kind] = concat(kind, tables)
+    return out
+
+
 def write_profile(profile: HardwareProfile, path: Path) -> None:
     """Writes the profile beside its place, then renames it."""
     head = {"format": FORMAT, "device": profile.device, "facts": profile.facts, "provenance": profile.provenance}

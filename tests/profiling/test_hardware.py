@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshwright.profiling.errors import InputError
-from meshwright.profiling.hardware import HardwareProfile, read_profile, write_profile
+from meshwright.profiling.hardware import HardwareProfile, merge, read_profile, write_profile
 from meshwright.profiling.importers.aiconfigurator import import_tree
 
 GEMM = {"backend": "torch", "kernel": "linear", "dtype": "bf16", "m": 128, "n": 256, "k": 64, "seconds": 2.5e-6}
@@ -34,6 +34,18 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
     for kind, table in profile().tables.items():
         for name, column in table.items():
             np.testing.assert_array_equal(back.tables[kind][name], column)
+
+
+def test_profiles_of_one_device_are_put_together() -> None:
+    links = HardwareProfile("Made-1", {}, {"driver": "1"}, {"collective": profile().tables["collective"]})
+
+    both = merge([profile(), links])
+
+    assert both.rows() == profile().rows() + 1
+    assert both.facts == profile().facts
+    assert both.provenance == {"date": "2026-01-01", "driver": "1"}
+    with pytest.raises(InputError, match="two devices, Made-1 and Other"):
+        merge([profile(), HardwareProfile("Other")])
 
 
 @pytest.mark.parametrize(
