@@ -173,11 +173,11 @@ class Bound:
         lookup = {tp * 2 + sp: i for (tp, sp), i in self.index.items()}
         t = np.array([lookup[key] for key in keys], int)
         r = layouts.recompute
-        compute_f = self._f[t, :, k]
-        again = self._r[t, :, r, k]
-        compute_b = self._b[t, :, k] + again
-        forward = compute_f + self._cf[t, :, k]
-        backward = compute_b + self._cb[t, :, k] + self._cr[t, :, r, k]
+        crowd = self._crowding(layouts)[:, None]
+        compute_f, compute_b, again = (crowd * x for x in (self._f[t, :, k], self._b[t, :, k], self._r[t, :, r, k]))
+        comm_f, comm_b, comm_again = (crowd * x for x in (self._cf[t, :, k], self._cb[t, :, k], self._cr[t, :, r, k]))
+        forward = compute_f + comm_f
+        backward = compute_b + again + comm_b + comm_again
         numel = self._numel[t]
         carry = self._carry[t, :, k][:, self.repeated].max(axis=1) if self.repeated.any() else np.zeros(len(t))
         gather, scatter, reduce, send = self._data_parallel(layouts, numel, carry)
@@ -202,8 +202,8 @@ class Bound:
         once = once + np.where((zero == 1) | (zero == 2), exposed(gather, forward), 0.0)
         optimizer = OPTIMIZER_BYTES * numel / np.where(zero > 0, dp, 1) / memory_Bps
         parts = {
-            "forward": compute_f, "backward": self._b[t, :, k], "recompute": again,
-            "tensor_parallel": self._cf[t, :, k] + self._cb[t, :, k] + self._cr[t, :, r, k],
+            "forward": compute_f, "backward": compute_b, "recompute": again,
+            "tensor_parallel": comm_f + comm_b + comm_again,
             "data_parallel": per_forward + per_backward,
             "accumulation": accumulation,
         }  # fmt: skip
@@ -212,6 +212,16 @@ class Bound:
             kept=self._kept[t, :, r, k], working=self._working[t, :, r, k],
             numel=numel, send=send, carry=carry,
         )  # fmt: skip
+
+    def _crowding(self, layouts: Layouts) -> np.ndarray:
+        """Factor on the seconds of a CPU's ops where ranks outnumber its cores: how many ranks compute at once, over cores. A rank
+        that waits in a pipeline's bubble leaves its core to another. Measured costs hold the crowd that they were measured in."""
+        cores, ranks = self.cluster.device.cores, self.cluster.size
+        if not cores:
+            return np.ones(len(layouts))
+        active = ranks * layouts.microbatches / (layouts.microbatches + layouts.pp - 1)
+        measured = float(self.costs.provenance.get("ranks", 1)) if self.costs is not None else 1.0
+        return np.asarray(np.maximum(1.0, active / cores) / max(1.0, measured / cores))
 
     def _data_parallel(self, layouts: Layouts, numel: np.ndarray, carry: np.ndarray) -> tuple[np.ndarray, ...]:
         """Seconds to gather a block's parameters, reduce-scatter and all-reduce its gradients; seconds to send the carry."""

@@ -50,7 +50,7 @@ class Link(_Model):
 
 class Device(_Model):
     """One accelerator. `peak_flops` are dense rates by precision; `reserved_bytes` is what the driver, the CUDA context and
-    communicators take before the first tensor."""
+    communicators take before the first tensor. `cores` are those of a CPU, which all ranks on it share."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -62,6 +62,7 @@ class Device(_Model):
     peak_flops: dict[Literal["bf16", "fp32"], Positive]
     achieved: Achieved = Achieved()
     devices_per_node: PositiveInt = 8
+    cores: PositiveInt | None = None
     node_link: Link
     network_link: Link
     source: str = ""
@@ -201,7 +202,8 @@ def load_device(name: str) -> Device:
 
 
 def _local_cpu(device: Device) -> Device:
-    """The local machine: as much memory as it has. Ranks on it share that memory (see parse_cluster)."""
+    """The local machine: as much memory and as many cores as it has. Ranks on it share both (see parse_cluster)."""
+    device = device.model_copy(update={"cores": os.cpu_count()})
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -105,3 +105,22 @@ def test_a_plan_names_what_it_rests_on(graph: ModelGraph) -> None:
     assert not any("compiled" in line for line in sheet.prediction.provenance)  # type: ignore[union-attr]
     assert any(line.startswith("attention, gemm, norms and pointwise: no samples, priced by the datasheet") for line in leaning.prediction.provenance)  # type: ignore[union-attr]
     assert shipped.inputs_hash != sheet.inputs_hash  # type: ignore[union-attr]
+
+
+def test_ranks_that_share_cores_slow_each_other_but_not_while_they_wait(graph: ModelGraph) -> None:
+    """Four ranks on two cores take twice as long as on four; in a pipeline's bubble a rank leaves its core."""
+    from meshwright.costmodel.step import Bound, Layouts
+
+    def factor(cores: int, pp: int, microbatches: int) -> float:
+        cluster = parse_cluster("4xcpu")
+        node = cluster.nodes[0]
+        shared = cluster.model_copy(update={"nodes": (node.model_copy(update={"device": node.spec.model_copy(update={"cores": cores})}),)})
+        one = np.array([1])
+        layouts = Layouts(one, one * 0, one * pp, one * (4 // pp), one * 0, one, one * microbatches, one * 0)
+        bound = Bound(graph, type(cluster)(name="c", nodes=shared.nodes), {(1, False): [ShardedBlock.whole(b) for b in graph.blocks]}, [1])
+        return float(bound._crowding(layouts)[0])
+
+    assert factor(4, 1, 1) == 1.0
+    assert factor(2, 1, 1) == 2.0
+    assert factor(2, 4, 1) == 1.0  # one of four computes at a time
+    assert 1.0 < factor(2, 4, 8) < 2.0
