@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel import residual
+from meshwright.costmodel.calls import group_keys, peak_of, ready
 from meshwright.costmodel.fit import Samples, choose_trees, error_row, explore, finish, spread_of
-from meshwright.costmodel.model import CostModel, group_keys, peak_of, ready
+from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.moefit import fit_moe
 from meshwright.costmodel.opclasses import OP_CLASSES, item_bytes
 from meshwright.costmodel.segments import Segments, byte_shift, fit_segments, shifted

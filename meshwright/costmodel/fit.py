@@ -187,15 +187,16 @@ def train_forests(s: Samples, groups: dict[str, Group], trees: dict[str, int] | 
     return out
 
 
-def predict(s: Samples, groups: dict[str, Group], forests: dict[str, Any], trees: int | None = None) -> np.ndarray:
-    """Seconds of samples by groups and freshly trained forests (not the shortened ones)."""
+def predict(s: Samples, groups: dict[str, Group], forests: dict[str, Any], trees: dict[str, int] | None = None) -> np.ndarray:
+    """Seconds of samples by groups and freshly trained forests (not the shortened ones), the first `trees` of each."""
     out = base_seconds(s, groups)
     shared = np.array([forest_key(s.spec, k) for k in s.keys], object)
     for key, forest in forests.items():
         mask = shared == key
         if mask.any():
             index = np.array([groups[k].index for k in s.keys[mask]], float)
-            out[mask] *= np.exp(forest.predict(with_group(s.features[mask], index), num_iteration=trees, num_threads=1))
+            first = trees[key] if trees else None
+            out[mask] *= np.exp(forest.predict(with_group(s.features[mask], index), num_iteration=first, num_threads=1))
     return out
 
 
@@ -273,7 +274,7 @@ def finish(e: Explored, trees: dict[str, int]) -> Fitted:
         first = split == "random fifth"
         groups = e.groups if first else fit_groups(train)
         forests = e.forests if first else train_forests(train, groups, trees)
-        p = _predict_to(judge, groups, {k: f for k, f in forests.items() if trees.get(k)}, trees)
+        p = predict(judge, groups, {k: f for k, f in forests.items() if trees.get(k)}, trees)
         if split == "largest tenth":
             trust, p = _trusted(judge, groups, p)
         held[split] = (judge.keys, np.log(judge.seconds / p), p)
@@ -326,17 +327,6 @@ def _spreads(out: Fitted, held: dict[str, tuple[np.ndarray, np.ndarray, np.ndarr
                 row["covered"] = float(inside.mean())
 
 
-def _predict_to(s: Samples, groups: dict[str, Group], forests: dict[str, Any], trees: dict[str, int]) -> np.ndarray:
-    out = base_seconds(s, groups)
-    shared = np.array([forest_key(s.spec, k) for k in s.keys], object)
-    for key, forest in forests.items():
-        mask = shared == key
-        if mask.any():
-            index = np.array([groups[k].index for k in s.keys[mask]], float)
-            out[mask] *= np.exp(forest.predict(with_group(s.features[mask], index), num_iteration=trees[key], num_threads=1))
-    return out
-
-
 def _tried(s: Samples, groups: dict[str, Group], forests: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Median held-out error of every forest by its number of trees."""
     shared = np.array([forest_key(s.spec, k) for k in s.keys], object)
@@ -347,7 +337,7 @@ def _tried(s: Samples, groups: dict[str, Group], forests: dict[str, Any]) -> dic
             out[key] = {STOPS[0]: 0.0}
             continue
         plain = error_row("", "", base_seconds(part, groups), part.seconds)["median"]
-        out[key] = {0: plain} | {t: error_row("", "", predict(part, groups, {key: forest}, t), part.seconds)["median"] for t in STOPS}
+        out[key] = {0: plain} | {t: error_row("", "", predict(part, groups, {key: forest}, {key: t}), part.seconds)["median"] for t in STOPS}
     return out
 
 
