@@ -65,8 +65,7 @@ def plan(
     from meshwright.report.terminal import render_infeasible, render_plan
 
     fixed = parse_fix(fix)
-    if output and not Path(output).absolute().parent.is_dir():
-        raise InputError(f"-o {output}: the folder {Path(output).parent} does not exist")
+    _check_output(output)
     with _progress() as say:
         found = solve(
             model,
@@ -184,6 +183,7 @@ def profile_import(
     from meshwright.profiling.importers.aiconfigurator import import_tree
     from meshwright.profiling.importers.nccl_tests import read_nccl_tests
 
+    _check_output(output)
     with _progress() as say:
         if source == "aiconfigurator":
             if not gpu or len(paths) != 1:
@@ -213,6 +213,7 @@ def costs_compile(
     from meshwright.profiling.hardware import merge, read_profile
     from meshwright.report.costs import render_costs
 
+    _check_output(output)
     if max_kb < 1:
         raise InputError(f"--max-kb must be at least 1, not {max_kb}")
     with _progress() as say:
@@ -252,6 +253,7 @@ def costs_predict(
     from meshwright.costmodel.model import CostModel
     from meshwright.costmodel.predict_ops import predict_table
 
+    _check_output(output)
     answered = predict_table(CostModel.find(model), Path(ops), Path(output))
     print(f"Wrote {output}: {answered.rows} rows" + (f", {answered.datasheet} of them by the datasheet alone" if answered.datasheet else ""))
 
@@ -265,6 +267,7 @@ def predict_published(
     """Predict the step time and peak memory of training runs, one row each."""
     from meshwright.costmodel.predict import predict_runs, read_calibration
 
+    _check_output(output)
     with _progress() as say:
         found = predict_runs(Path(runs), Path(output), say, read_calibration(Path(calibration)) if calibration else None)
     answered = sum(p.step_s is not None for p in found)
@@ -282,12 +285,21 @@ def calibrate(
 
     from meshwright.costmodel.predict import calibrate as compare
 
+    _check_output(output)
     made = compare(Path(run), Path(output))
     if as_json:
         print(json.dumps(asdict(made), indent=2))
         return
     print(f"Measured {made.measured_s:.4g} s, predicted {made.predicted_s:.4g} s: {made.engine} on {made.device} is scaled by {made.scale:.3f}")
     print(f"Wrote {output}. Next: meshwright predict --runs runs.csv --calibration {output} -o predictions.csv")
+
+
+def _check_output(output: str) -> None:
+    """Refuses an output before the work, not after it."""
+    if output and not Path(output).absolute().parent.is_dir():
+        raise InputError(f"-o {output}: the folder {Path(output).parent} does not exist")
+    if output and Path(output).is_dir():
+        raise InputError(f"-o {output}: it is a folder, not a file")
 
 
 def _precision(text: str) -> str | None:

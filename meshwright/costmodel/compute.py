@@ -9,7 +9,7 @@ import numpy as np
 from meshwright.costmodel import constants
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.profiling.cluster import Device
-from meshwright.profiling.graph import Amount, Op, TensorSpec, Work
+from meshwright.profiling.graph import Op, TensorSpec, Work
 
 PRODUCTS = frozenset(("matmul", "experts", "conv"))
 FREE = frozenset(("view", "constant"))
@@ -98,8 +98,3 @@ def op_seconds(table: OpTable, device: Device, batches: np.ndarray) -> np.ndarra
     peak = peak * np.choose(table.rate, [a.matmul, a.attention, 1.0])
     seconds = np.maximum(flops / peak, moved / (device.memory_bandwidth_Bps * a.memory))
     return np.asarray(seconds + table.launches * a.launch_s)
-
-
-def amount_array(amounts: list[Amount]) -> np.ndarray:
-    """Amounts as an array [n, 2] of (const, per_sample)."""
-    return np.array([[a.const, a.per_sample] for a in amounts], float).reshape(len(amounts), 2)

@@ -68,7 +68,7 @@ class CostModel:
     def load(cls, name: str | Path) -> CostModel:
         """A compiled model from its file, or the shipped one of a built-in device. InputError if there is none."""
         path = Path(name)
-        if path.suffix == ".costs" or path.exists():
+        if path.suffix == ".costs" or path.is_file():
             return cls._read(path)
         shipped_path = shipped(str(name))
         if shipped_path is None:
@@ -78,14 +78,14 @@ class CostModel:
     @classmethod
     def find(cls, name: str) -> CostModel:
         """A compiled model by file or device; for a built-in device that has none, what its datasheet says."""
-        if Path(name).suffix == ".costs" or Path(name).exists() or shipped(name):
+        if Path(name).suffix == ".costs" or Path(name).is_file() or shipped(name):
             return cls.load(name)
         return from_datasheet(load_device(name))
 
     @classmethod
     def _read(cls, path: Path) -> CostModel:
-        if not path.exists():
-            raise InputError(f"cost model {path} does not exist")
+        if not path.is_file():
+            raise InputError(f"cost model {path} {'is a folder' if path.is_dir() else 'does not exist'}")
         data = path.read_bytes()
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as z:

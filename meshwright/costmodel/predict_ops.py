@@ -13,6 +13,7 @@ from meshwright.costmodel.fit import Spread
 from meshwright.costmodel.model import WIDE, CostModel
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.files import write_atomically
+from meshwright.profiling.hardware import numbers
 from meshwright.profiling.importers.columns import DEEPEP_TIMES, FAMILIES, convert, known_ops
 
 ADDED = ("latency_p05", "latency_p50", "latency_p95", "latency_basis")
@@ -30,10 +31,13 @@ def predict_table(model: CostModel, source: Path, output: Path) -> Answered:
     """Writes `source` with the columns of ADDED beside its own, row for row. Times are in the unit of the source's tables:
     milliseconds, and microseconds for DeepEP, where a row's time is dispatch and combine together. InputError names the file,
     row and column that is wrong."""
-    if not source.exists():
-        raise InputError(f"{source} does not exist")
-    with source.open(newline="") as f:
-        rows = list(csv.reader(f))
+    if not source.is_file():
+        raise InputError(f"{source} {'is a folder' if source.is_dir() else 'does not exist'}")
+    try:
+        with source.open(newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.reader(f))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{source} is not a CSV file in UTF-8 ({e})") from None
     if not rows or "op_name" not in rows[0]:
         raise InputError(f"{source} has no header with a column 'op_name'")
     header, body = rows[0], [r for r in rows[1:] if r]
@@ -62,7 +66,7 @@ def answer(model: CostModel, rows: dict[str, list[str]], where: str) -> tuple[np
         index = np.flatnonzero(ops == op)
         some = {k: [v[i] for i in index] for k, v in rows.items()}
         family = FAMILIES[op]
-        keys = convert(op, some, len(index), where)
+        keys = convert(op, some, len(index), where, list(index + 1))
         if family.kind == "collective":
             low, middle, high, what = _collective(model, keys)
         elif family.kind == "deepep":
@@ -108,7 +112,7 @@ def _deepep(model: CostModel, op: str, c: dict[str, np.ndarray], rows: dict[str,
     basis = np.full(len(c["tokens"]), "fitted", object)
     for half in DEEPEP_TIMES[op]:
         name = f"{half}_sms"
-        sms = np.array([float(x or 0) for x in rows[name]]) if name in rows else 0.0
+        sms = np.nan_to_num(numbers(rows[name], op, name)) if name in rows else 0.0
         keys = {k: v for k, v in c.items() if k not in ("backend", "kernel")}
         e = model.estimate("deepep", **{**keys, "op": half, "sms": sms})
         for t, part in zip(total, e[:3]):

@@ -90,6 +90,8 @@ def _of_size(total: float, active: float, vocab: int | None) -> Dims:
         (Dims(n, 128 * n, _round(128 * n * 3.5, 256), n, max(1, n // 4) if n % 4 == 0 else n, 128, words, True, False) for n in range(8, 161)),
         key=lambda d: abs(dense_parameters(d) - active),
     )  # fmt: skip
+    if not 0.5 < dense_parameters(best) / active < 2:
+        raise InputError(f"no decoder of {total:.3g} parameters is like the known ones: give the model's layers and hidden size")
     if total < 1.3 * active:
         return best
     width = _round(best.hidden / 2.5, 128)

@@ -64,7 +64,7 @@ def find(name: str, peak_tflops: float | None = None, memory_GiB: float | None =
         match = re.search(pattern, low)
         if match:
             found.append((match.end() - match.start(), kind))
-    size = re.search(r"(\d+) ?gi?b", low)
+    size = re.search(r"(?<!\d)(\d+) ?gi?b(?![a-z0-9])", low)
     if memory_GiB is None and size:
         memory_GiB = float(size[1])
     if found:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+# formats of eight and four bits: fp8, mxfp8, nvfp4, float8, e4m3, w4a8; not fp64, nor the 8 bits of an optimizer's states
+NOTHING = ("", "none", "no", "false", "off", "0", "0.0")
+LOW_PRECISION = re.compile(r"(?<![a-z])(?:(?:mx|nv)?fp|float|mx|nv|w)_?[48](?![0-9])|e[2-5]m[1-3]|^8$|^4$")
+
+
 def parse(row: Mapping[str, str | None], where: str) -> Run:
     """A Run from the cells of one row. `where` is "file, row 7". InputError, one sentence, for what cannot be read."""
     c = Cells(row, where)
@@ -108,8 +114,9 @@ def parse(row: Mapping[str, str | None], where: str) -> Run:
     n_gpus = c.count("n_gpus")
     if n_gpus is None:
         raise InputError(f"{where}, column n_gpus: the number of GPUs is missing")
+    peak_cell = c.number("peak_tflops_bf16") or c.number("peak_tflops_prec")
     try:
-        device = rundevices.find(c.text("gpu"), c.number("peak_tflops_bf16") or c.number("peak_tflops_prec"))
+        device = rundevices.find(c.text("gpu"), peak_cell)
     except InputError as e:
         raise InputError(f"{where}, column gpu: {e}") from None
     tp, pp, cp = (c.count(x) or 1 for x in ("tp", "pp", "cp"))
@@ -123,12 +130,16 @@ def parse(row: Mapping[str, str | None], where: str) -> Run:
     dims = dimensions(c, where, assumed)
     precision = c.text("precision").lower() or ("fp16" if device.year < 2020 else "bf16")
     peak, base = c.number("peak_tflops_prec"), c.number("peak_tflops_bf16")
-    low = any(x in precision for x in ("8", "4")) and not precision.startswith("int")
+    low = bool(LOW_PRECISION.search(precision))
     rate = (peak / base if peak and base and peak > base else device.rate(precision)) if low else 1.0
     if precision in ("fp32", "tf32"):
         device = replace(device, peak_flops=device.peak_flops * device.rates.get(precision, 0.5))
     per_node = c.count("gpus_per_node") or min(device.per_node, n_gpus)
     ep = c.count("ep") or (_default_ep(dims, n_gpus, tp, pp, per_node) if dims.experts else 1)
+    if tp * pp * cp > n_gpus:
+        raise InputError(f"{where}: tp {tp} x pp {pp} x cp {cp} is more than the {n_gpus} GPUs")
+    if pp > dims.layers + 2:  # embedding and head may be stages of their own
+        raise InputError(f"{where}, column pp: {pp} stages are more than the {dims.layers} layers")
     seq = default("seq_len", c.count("seq_len"), lambda: 2048 if year < 2024 else 4096)
     micro = c.number("micro_batch") or None
     batch = c.number("global_batch") or None
@@ -167,7 +178,7 @@ def parse(row: Mapping[str, str | None], where: str) -> Run:
         precision=precision, rate=rate, tp=tp, sp=(engine.sequence_parallel if sp is None else sp) and tp > 1, pp=pp,
         vpp=1 if schedule.startswith(("zb", "v-", "dualpipe")) else vpp, cp=cp, ep=ep, etp=c.count("etp") or 1, dp=dp, shard=shard,
         shard_group=group, micro_batch=micro, microbatches=max(1.0, batch / (dp * micro)), global_batch=batch, seq=seq,
-        recompute=recompute, offload=c.text("offload").lower() not in ("", "none"), schedule=schedule, balanced=balanced,
+        recompute=recompute, offload=c.text("offload").lower() not in NOTHING, schedule=schedule, balanced=balanced,
         frozen="lora" in task, quantised="qlora" in task, source=c.text("source_key") or c.text("source"), job=job, measured_s=measured,
         measured_GiB=c.number("measured_peak_mem_GiB"), memory_metric=c.text("mem_metric"), assumed=tuple(assumed),
     )  # fmt: skip
@@ -213,9 +224,11 @@ def _default_vpp(layers: int, pp: int, schedule: str, stated: bool, engine: Engi
     """Chunks of about four layers where the engine interleaves and the layers (with embedding and head as one each) divide."""
     if pp == 1 or (schedule != "interleaved" and (stated or not engine.interleaves)):
         return 1
+    least = 2 if schedule == "interleaved" and stated else 1
     for count in (layers, layers + 1, layers + 2):
         if count % pp == 0:
-            return next(count // pp // chunk for chunk in (4, 5, 3, 2, 1) if count // pp % chunk == 0)
+            each = count // pp
+            return next((each // chunk for chunk in (4, 5, 3, 2, 1) if each % chunk == 0 and each // chunk >= least), 1)
     return 1
 
 

@@ -12,6 +12,9 @@ EMPTY = frozenset(("", "nan", "none", "null", "n/a", "na", "-", "?"))
 SCHEDULES = ("1f1b", "interleaved", "gpipe", "zb-1p", "zb-2p", "zb-v", "v-half", "v-min", "dualpipe", "dualpipe-v")
 
 
+MOST = 1e15  # no cell of a run is larger: parameters, tokens, FLOP/s in units of 1e12
+
+
 class Cells:
     """Typed access to one row. InputError names file, row and column."""
 
@@ -30,14 +33,16 @@ class Cells:
             x = float(value)
         except ValueError:
             raise InputError(f"{self.where}, column {column}: {value!r} is not a number") from None
-        if not math.isfinite(x):
-            return None
+        if not math.isfinite(x) or x > MOST:
+            raise InputError(f"{self.where}, column {column}: {value} must be a number of at most {MOST:g}")
         if x < low:
             raise InputError(f"{self.where}, column {column}: {value} must be at least {low:g}")
         return x
 
     def count(self, column: str) -> int | None:
         x = self.number(column, 0.0)
+        if x is not None and x != round(x):
+            raise InputError(f"{self.where}, column {column}: {x:g} must be a whole number")
         return None if x is None or x < 1 else round(x)
 
     def flag(self, column: str) -> bool | None:

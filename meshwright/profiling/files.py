@@ -11,11 +11,14 @@ from meshwright.profiling.errors import InputError
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all. InputError if its folder does not exist or may not be written to."""
-    folder = path.absolute().parent
+    path = path.resolve()  # what a link points to is written, and the link stays
+    folder = path.parent
     if not folder.is_dir():
         raise InputError(f"the folder {path.parent} does not exist")
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a device or a pipe, not a file")
     data = content.encode() if isinstance(content, str) else content
     try:
         handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,8 @@ def _cell(value: Any) -> str:
 
 def read_profile(path: Path) -> HardwareProfile:
     """Reads a profile. InputError names the file and what is wrong: the table, row and column for a bad sample."""
-    if not path.exists():
-        raise InputError(f"profile {path} does not exist")
+    if not path.is_file():
+        raise InputError(f"profile {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         data = yaml.load(path.read_text(), Loader=loader)
@@ -164,14 +164,15 @@ def _read_table(path: Path, kind: str, text: str) -> Table:
     out: Table = {}
     for c, column in zip(header, zip(*body) if body else [()] * len(header)):
         out[c] = np.array(column, object) if c in TEXT else numbers(column, f"{path}: table {kind}", c)
-    bad = np.flatnonzero(~(out["seconds"] > 0))
+    bad = np.flatnonzero(~((out["seconds"] > 0) & np.isfinite(out["seconds"])))
     if bad.size:
         raise InputError(f"{path}: table {kind}, row {bad[0] + 1}, column seconds: {body[bad[0]][header.index('seconds')]!r} is not above 0")
     return out
 
 
-def numbers(column: Iterable[str], where: str, name: str) -> np.ndarray:
-    """A column of text as float64, empty cells as nan. InputError names the row and column of the first that is no number."""
+def numbers(column: Iterable[str], where: str, name: str, places: Sequence[int] | None = None) -> np.ndarray:
+    """A column of text as float64, empty cells as nan. InputError names the row (its number in `places`, if they are given) and
+    column of the first that is no number."""
     cells = list(column)
     try:
         return np.array([float(x) if x != "" else math.nan for x in cells], float)
@@ -180,5 +181,6 @@ def numbers(column: Iterable[str], where: str, name: str) -> np.ndarray:
             try:
                 float(x or "nan")
             except ValueError:
-                raise InputError(f"{where}, row {i + 1}, column {name}: {x!r} is not a number") from None
+                row = places[i] if places is not None else i + 1
+                raise InputError(f"{where}, row {row}, column {name}: {x!r} is not a number") from None
         raise

@@ -72,3 +72,16 @@ def test_a_bad_row_is_named_and_nothing_is_written(model: CostModel, tmp_path: P
     with pytest.raises(InputError, match=message):
         ask(model, tmp_path, *rows)
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_blank_cells_of_optional_columns_take_their_default(model: CostModel, tmp_path: Path) -> None:
+    header = "op_name,attn_dtype,batch_size,isl,num_heads,num_key_value_heads,head_dim,window_size"
+    got = ask(model, tmp_path, "context_attention,bfloat16,4,2048,32,8,128,", "context_attention,bfloat16,4,2048,32,8,128,0", header=header)
+
+    assert got[0]["latency_p50"] == got[1]["latency_p50"]
+
+
+def test_odd_kernel_names_and_sizes_do_not_break_a_table(model: CostModel, tmp_path: Path) -> None:
+    assert float(ask(model, tmp_path, "all_reduce,a|b,,,,,half,8,1024,")[0]["latency_p50"]) > 0
+    with pytest.raises(InputError, match="row 2, column m: 'inf' is not a size"):
+        ask(model, tmp_path, "all_reduce,NCCL,,,,,half,8,1024,", "gemm,,bfloat16,inf,64,64,,,,")

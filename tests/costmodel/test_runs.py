@@ -234,3 +234,38 @@ def test_a_broken_measurement_is_refused(tmp_path: Path, content: str, message: 
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         calibrate(path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "low"), [("fp8-cs", True), ("mxfp8", True), ("nvfp4", True), ("w4a8", True), ("fp64", False), ("bf16 with 8-bit adam", False)]
+)
+def test_eight_bits_are_those_of_the_products(precision: str, low: bool) -> None:
+    assert (run(gpu="H100-80GB-SXM", precision=precision).rate > 1) == low
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"tp": 8, "pp": 8}, "tp 8 x pp 8 x cp 1 is more than the 32 GPUs"),
+        ({"pp": 32, "layers": 2, "hidden": 1024, "heads": 16}, "32 stages are more than the 2 layers"),
+        ({"tp": 1.5}, "column tp: 1.5 must be a whole number"),
+        ({"seq_len": "inf"}, "column seq_len: inf must be a number of at most 1e"),
+    ],
+)
+def test_impossible_rows_are_refused(cells: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(**cells)
+
+
+def test_no_offload_is_no_offload() -> None:
+    assert not any(run(offload=x).offload for x in ("no", "false", "0", "none", ""))
+    assert run(offload="optimizer").offload
+
+
+def test_stated_interleaving_has_two_chunks_at_least() -> None:
+    assert run(pp=8, layers=32, hidden=4096, heads=32, schedule="interleaved").vpp >= 2
+
+
+def test_the_memory_of_a_gpu_is_not_read_from_other_numbers_of_its_name() -> None:
+    assert run(gpu="NVL72 GB200", n_gpus=72).device.memory_GiB > 150
+    assert run(gpu="DGX A100 (640GB)").device.name == "A100-SXM"

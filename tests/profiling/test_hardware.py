@@ -150,3 +150,28 @@ def test_an_unknown_gpu_is_answered_with_the_known_ones(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="has no tables of 'y1': it has z9_sxm"):
         import_tree(tmp_path, "y1")
+
+
+@pytest.mark.parametrize("sheet", ["gpu: {mem_bw: 0}", "gpu: {mem_bw: [1]}", "gpu: {bfloat16_tc_flops: abc}"])
+def test_a_datasheet_figure_that_is_no_number_is_named(tmp_path: Path, sheet: str) -> None:
+    tree(tmp_path, [ROW])
+    (tmp_path / "systems" / "z9_sxm.yaml").write_text(sheet)
+
+    if sheet == "gpu: {mem_bw: 0}":  # as if it were not there
+        assert "memory_bandwidth_Bps" not in import_tree(tmp_path, "z9_sxm").facts
+        return
+    with pytest.raises(InputError, match="z9_sxm.yaml: (mem_bw|bfloat16_tc_flops) must be a number above 0"):
+        import_tree(tmp_path, "z9_sxm")
+
+
+def test_a_link_is_followed_and_a_device_is_not_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
+    target.write_text("old")
+    link.symlink_to(target)
+
+    write_profile(profile(), link)
+
+    assert link.is_symlink()
+    assert read_profile(target).device == "Made-1"
+    with pytest.raises(InputError, match="is a device or a pipe"):
+        write_profile(profile(), Path("/dev/null"))

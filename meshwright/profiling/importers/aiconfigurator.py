@@ -7,6 +7,8 @@ A tree holds `systems/<gpu>.yaml` (datasheet figures) and `systems/data/<gpu>/<f
 from __future__ import annotations
 
 import csv
+import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import yaml
 
 from meshwright.profiling.cluster import load_device
 from meshwright.profiling.errors import InputError
-from meshwright.profiling.hardware import CLASSES, HardwareProfile, Table, concat
+from meshwright.profiling.hardware import CLASSES, HardwareProfile, Table, concat, numbers
 from meshwright.profiling.importers.columns import FAMILIES, convert, times
 
 # Streaming multiprocessors, by the vendors' datasheets; what a table does not say.
@@ -66,13 +68,13 @@ def _take(rows: Rows, path: Path, parts: dict[str, list[Table]]) -> set[str]:
         index = np.flatnonzero(ops == op)
         some = {k: [v[i] for i in index] for k, v in rows.items()} if len(index) < len(ops) else rows
         kind = FAMILIES[op].kind
-        keys = convert(op, some, len(index), str(path))
+        keys = convert(op, some, len(index), str(path), list(index + 1))
         for half, seconds in times(op, some, str(path)).items():
             table = {**keys, "seconds": seconds}
             if kind == "deepep":
                 name = f"{half}_sms"
                 table["op"] = np.full(len(index), half, object)
-                table["sms"] = np.array(some[name], float) if name in some else np.zeros(len(index))
+                table["sms"] = np.nan_to_num(numbers(some[name], str(path), name)) if name in some else np.zeros(len(index))
             parts.setdefault(kind, []).append({c: table[c] for c in (*CLASSES[kind], "seconds")})
             found.add(kind)
     return found
@@ -115,16 +117,28 @@ def _device(gpu: str) -> str:
 
 
 def _facts(sheet: dict[str, Any], gpu: str) -> dict[str, Any]:
-    g, node = sheet["gpu"], sheet.get("node", {})
-    peaks = {ours: float(g[theirs]) for ours, theirs in _PEAKS.items() if g.get(theirs)}
+    g, node = sheet["gpu"], sheet.get("node")
+    node = node if isinstance(node, dict) else {}
+    peaks = {ours: _figure(g[theirs], gpu, theirs) for ours, theirs in _PEAKS.items() if g.get(theirs)}
     facts: dict[str, Any] = {"peak_flops": peaks, "sms": next((n for k, n in MULTIPROCESSORS.items() if gpu.startswith(k)), 100)}
     for ours, (where, theirs) in {
         "memory_bandwidth_Bps": (g, "mem_bw"), "memory_bytes": (g, "mem_capacity"), "power_W": (g, "power"),
         "node_link_Bps": (node, "intra_node_bw"), "network_Bps": (node, "inter_node_bw"), "devices_per_node": (node, "num_gpus_per_node"),
     }.items():  # fmt: skip
         if where.get(theirs):
-            facts[ours] = float(where[theirs])
+            facts[ours] = _figure(where[theirs], gpu, theirs)
     return facts
+
+
+def _figure(value: Any, gpu: str, key: str) -> float:
+    """A datasheet figure above 0. InputError names its key."""
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        x = math.nan
+    if not 0 < x < math.inf:
+        raise InputError(f"{gpu}.yaml: {key} must be a number above 0, not {value!r}")
+    return x
 
 
 _PEAKS = {"bf16": "bfloat16_tc_flops", "fp8": "fp8_tc_flops", "int8": "int8_tc_flops", "fp4": "fp4_tc_flops"}
@@ -146,12 +160,16 @@ def _parquet(path: Path) -> Rows:
         raise InputError(f"{path} is not a whole parquet file ({str(e).splitlines()[0].rstrip('.')})") from None
     out: Rows = {}
     for name in table.column_names:
-        out[name] = ["" if v is None else v if isinstance(v, str) else repr(v) for v in table[name].to_pylist()]
+        out[name] = ["" if v is None else str(v) for v in table[name].to_pylist()]
     return out
 
 
 def _csv(path: Path) -> Rows:
-    with path.open(newline="") as f:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8") from None
+    with io.StringIO(text, newline="") as f:
         reader = csv.reader(f)
         header = next(reader, None)
         if not header:

@@ -59,13 +59,14 @@ DEEPEP_TIMES: dict[str, dict[str, tuple[str, ...]]] = {
     "ll": {"dispatch": ("dispatch_avg_t_us",), "combine": ("combine_avg_t_us",)},
     "normal": {"dispatch": ("dispatch_transmit_us", "dispatch_notify_us"), "combine": ("combine_transmit_us", "combine_notify_us")},
 }
+LARGEST = 1e15
 OPTIONAL = {"window", "step", "kv_dtype", "distribution", "tp", "ep"}
 
 
-def convert(op: str, rows: Text, count: int, where: str) -> dict[str, np.ndarray]:
+def convert(op: str, rows: Text, count: int, where: str, places: Sequence[int] | None = None) -> dict[str, np.ndarray]:
     """Key columns of one op's rows as ours, without the time. InputError names the file, row and column that is wrong.
 
-    `rows` maps their column names to text; `where` is the file, for messages.
+    `rows` maps their column names to text; `where` is the file and `places` the number of each row in it, for messages.
     """
     family = FAMILIES[op]
     out: dict[str, np.ndarray] = {}
@@ -80,13 +81,17 @@ def convert(op: str, rows: Text, count: int, where: str) -> dict[str, np.ndarray
             cells = [next((x for x in row if x), "") for row in zip(*(rows[t] for t in given))]
             out[ours] = np.array([DTYPES.get(x, x) for x in cells], object)
         else:
-            out[ours] = numbers(rows[name], where, name)
-            bad = np.flatnonzero(~(out[ours] >= (0 if ours in ("step", "window", "kv_heads") else 1)))
+            value = numbers(rows[name], where, name, places)
+            if ours in OPTIONAL:
+                value = np.where([x == "" for x in rows[name]], 1.0 if ours in ("tp", "ep") else 0.0, value)
+            out[ours] = value
+            bad = np.flatnonzero(~((value >= (0 if ours in ("step", "window", "kv_heads") else 1)) & (value <= LARGEST)))
             if bad.size:
-                raise InputError(f"{where}, row {bad[0] + 1}, column {name}: {rows[name][bad[0]]!r} is not a size")
+                row = places[bad[0]] if places is not None else bad[0] + 1
+                raise InputError(f"{where}, row {row}, column {name}: {rows[name][bad[0]]!r} is not a size")
     blank = [""] * count
     out["backend"] = np.array([x.lower() for x in rows.get("framework", blank)], object)
-    out["kernel"] = np.array(list(rows.get("kernel_source", blank)), object)
+    out["kernel"] = np.array([x.replace("|", "/") for x in rows.get("kernel_source", blank)], object)  # | joins names
     _DERIVE.get(family.kind, lambda o, op, n: None)(out, op, count)
     return out
 
@@ -138,7 +143,7 @@ def _positive(rows: Text, name: str, where: str, zero: bool = False) -> np.ndarr
     if name not in rows:
         raise InputError(f"{where} has no column {name!r}")
     x = numbers(rows[name], where, name)
-    bad = np.flatnonzero(~(x >= 0 if zero else x > 0))
+    bad = np.flatnonzero(~((x >= 0 if zero else x > 0) & np.isfinite(x)))
     if bad.size:
         raise InputError(f"{where}, row {bad[0] + 1}, column {name}: {rows[name][bad[0]]!r} is not a time above 0")
     return x
