@@ -200,7 +200,7 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
 FAMILIES: tuple[tuple[str, tuple[tuple[float, str], ...]], ...] = (
     (r"automodel", ((0, "fsdp2-te"),)),
     (r"megatron.?core|mcore|megatron.?bridge|nemo|transformer.?engine", ((0, "megatron-core"), (2026.4, "megatron-core-grouped"))),
-    (r"megatron.?deepspeed|neox|bigscience", ((0, "megatron-deepspeed"), (2023.5, "megatron-2023"))),
+    (r"megatron.?deepspeed|neox", ((0, "megatron-deepspeed"), (2023.5, "megatron-2023"))),
     (r"megatron.?llama", ((0, "internevo"),)),
     (
         r"megatron|megascale|zero.?bubble|fairscale.*tp",

@@ -14,7 +14,7 @@ import numpy as np
 
 from meshwright.costmodel.fit import Group, roofline
 from meshwright.costmodel.model import CostModel, for_device
-from meshwright.costmodel.opclasses import Work
+from meshwright.costmodel.opclasses import Work, alignment
 from meshwright.costmodel.rundevices import RunDevice, known
 
 Array = np.ndarray
@@ -26,8 +26,7 @@ LEAST_LATENCY_S = 3e-6
 
 def granularity(x: Array) -> Array:
     """The largest power of two up to 64 that divides x; 1 for odd x."""
-    whole = np.maximum(1, np.round(x)).astype(np.int64)
-    return np.minimum(64, whole & -whole)
+    return np.exp2(alignment(np.maximum(1, x)))
 
 
 def misaligned(n: Array, k: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from meshwright.costmodel import constants
 from meshwright.costmodel.compute import IN_STEP, backward_table, forward_table, op_seconds
 from meshwright.costmodel.model import CostModel
-from meshwright.costmodel.opclasses import alignment
+from meshwright.costmodel.opprices import misaligned
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.profiling.cluster import Device
 from meshwright.profiling.graph import Op
@@ -80,8 +80,7 @@ def misalignment(device: Device, dtype: str, n: np.ndarray, k: np.ndarray) -> np
     """Factor on the seconds of a product for sizes that no table has seen; below eight there is no tensor core to lose more."""
     if device.kind != "cuda" or dtype not in ("bf16", "fp16"):
         return np.ones(len(n))
-    shared = np.clip(np.minimum(alignment(n), alignment(k)), 3.0, 6.0)
-    return np.asarray(1 + MISALIGNED * (6.0 - shared) / 3)
+    return 1 + MISALIGNED * misaligned(n, k)
 
 
 def _grown(op: Op, name: str, b: np.ndarray) -> np.ndarray:

@@ -177,7 +177,7 @@ def _floor(compute: Array, launches: Array) -> Array:
     return np.asarray(np.hypot(compute, launches))
 
 
-def _hidden(traffic: Array, behind: Array, overlap: float) -> Array:
+def _hidden(traffic: Array, behind: Array, overlap: float | Array) -> Array:
     """What stays exposed of traffic beside compute: all that is longer, and the share of the rest that does not overlap."""
     return np.asarray(np.maximum(traffic - behind, 0) + (1 - overlap) * np.minimum(traffic, behind))
 
@@ -209,15 +209,11 @@ def _data_parallel(b: Batch, c: dict[str, float], forward: Array, backward: Arra
     gather_b = np.where(f["shard"] == 3, gather + layers / f["pp"] * latency, 0.0)
     one_f = gather + layers / f["pp"] * latency
     one_b = gather_b + reduce + layers / f["pp"] * latency
-    per_microbatch = m * (_hidden2(one_f, forward, share) + _hidden2(one_b, backward, share))
+    per_microbatch = m * (_hidden(one_f, forward, share) + _hidden(one_b, backward, share))
     group, ranks = f["group"], f["ranks"]
     calls = np.where(b.broadcast, group, layers) * np.where(group < ranks, group / np.maximum(ranks, 1), 1.0)
     inside = f["group_gather_node"] > 0
     regather = np.where(f["shard"] >= 1, np.where(inside, f["group_gather_node"] / c["intra"], gather) + calls * latency, gather)
     reduction = reduce + latency * layers / 2
-    once = _hidden2(reduction, backward, share) + _hidden2(regather, forward, share)
+    once = _hidden(reduction, backward, share) + _hidden(regather, forward, share)
     return np.where(often, per_microbatch, once)
-
-
-def _hidden2(traffic: Array, behind: Array, share: Array) -> Array:
-    return np.asarray(np.maximum(traffic - behind, 0) + (1 - share) * np.minimum(traffic, behind))
