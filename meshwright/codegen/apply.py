@@ -51,11 +51,14 @@ class ProgramStage(nn.Module):
         drop += [m for m in modules_of(program.head) if not self.is_last and m not in kept]
         leave_out(model, drop)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, seen: Callable[[Tensor], None] | None = None) -> Tensor:
+        """The stage's output. `seen` is shown what enters the first layer."""
         names = self.program.inputs if self.is_first else ("h",)
         env: dict[str, Any] = dict(zip(names, inputs, strict=True))
         if self.is_first:
             self._run(self.program.stem, env)
+        if seen is not None:
+            seen(env["h"])
         self._run(self.program.side, env)
         for path in self.program.layers[slice(*self.span)]:
             args, kwargs = self._call(self.program.layer_args, self.program.layer_kwargs, env)
@@ -153,9 +156,14 @@ class Parallel:
         self._tied = split_ties(plan) if x.pp > 1 else []
         self._pair = first_last_pair(mesh) if self._tied else None
         if x.pp > 1:
-            module = PerMicrobatch(stage) if isinstance(stage, FSDPModule) and x.zero >= 2 else stage
-            held = PipelineStage(module, mesh["pp"].get_local_rank(), x.pp, _device(mesh), group=mesh["pp"].get_group())
-            self.schedule = Schedule1F1B(held, plan.microbatches, loss_fn=self._scaled_loss, scale_grads=False)
+            self.schedule = self.make_schedule()
+
+    def make_schedule(self, inputs: tuple[Tensor, ...] | None = None, outputs: tuple[Tensor, ...] | None = None) -> Schedule1F1B:
+        """The stage's schedule; with examples of what it takes and returns, ranks need not tell each other."""
+        x, at = self.plan.layout, self.mesh["pp"]
+        module = PerMicrobatch(self.stage) if isinstance(self.stage, FSDPModule) and x.zero >= 2 else self.stage
+        held = PipelineStage(module, at.get_local_rank(), x.pp, _device(self.mesh), inputs, outputs, group=at.get_group())
+        return Schedule1F1B(held, self.plan.microbatches, loss_fn=self._scaled_loss, scale_grads=False)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -208,7 +216,7 @@ class Parallel:
             self.stage.set_reshard_after_backward(zero == 3)  # type: ignore[operator]
         inputs = tuple(batch) if self.is_first else ()
         keywords: dict[str, Any] = {"target": labels, "losses": found} if self.is_last else {}
-        self.schedule.step(*inputs, **keywords)
+        self.schedule.step(*inputs, return_outputs=False, **keywords)  # or it keeps every microbatch's logits
         if managed:
             reshard(self.stage)
         return torch.stack(found).sum().detach() if found else torch.zeros((), device=labels.device)
@@ -244,11 +252,12 @@ def apply(plan: Plan, model: nn.Module, *, loss: LossFn | None = None, device: t
     stage: nn.Module = ProgramStage(model, program, first, last, mesh) if program else WholeModel(model, keys)
     paths = plan.model.layer_paths[first:last]
     if x.tp > 1:
-        _tensor_parallel(plan, model, first, last, mesh)
+        shard_modules(plan, model, first, last, mesh)
     _tie(plan, model)
     for path in paths:
         recompute(model.get_submodule(path), x.recompute)
-    stage.to(_device(mesh))
+    if any(t.device.type != mesh.device_type for t in (*stage.parameters(), *stage.buffers())):
+        stage.to(_device(mesh))
     if x.dp > 1 or plan.workload.precision == "bf16":
         _data_parallel(plan, stage, [model.get_submodule(p) for p in paths], mesh)
     return Parallel(plan, stage, mesh, _loss(plan, loss, mesh))
@@ -264,7 +273,8 @@ def _device(mesh: DeviceMesh) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
 
 
-def _tensor_parallel(plan: Plan, model: nn.Module, first: int, last: int, mesh: DeviceMesh) -> None:
+def shard_modules(plan: Plan, model: nn.Module, first: int, last: int, mesh: DeviceMesh) -> None:
+    """Tensor parallelism of the layers [first, last) and of the modules around them, as far as this stage holds them."""
     owned = set(plan.model.layer_paths[first:last])
     held = dict(model.named_modules())
     for prefix, modules in _sharded_modules(plan):

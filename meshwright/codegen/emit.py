@@ -421,7 +421,7 @@ class _Writer:
             "losses: list[Tensor] = []",
             "first = inputs if self.stage.is_first else []",
             'last = {"target": labels, "losses": losses} if self.stage.is_last else {}',
-            "self.schedule.step(*first, **last)",
+            "self.schedule.step(*first, return_outputs=False, **last)  # or it keeps every microbatch's output",
         ]
         lines += ["reshard(self.stage)"] if managed else []
         lines += ["add_tied_gradients(self.stage.model, TIED, self.pair)"] if self.ties else []

@@ -53,7 +53,7 @@ def find_chains(model: nn.Module, args: Sequence[Tensor], kwargs: dict[str, Tens
         linked = all(a[2] & b[1] for a, b in zip(log, log[1:], strict=False))
         nested = any(path.startswith(c.path + ".") for c in found)
         if in_order and linked and not nested and any(True for _ in container.parameters()):
-            kinds = _kinds(list(container))
+            kinds = kinds_of(list(container))
             if len(set(kinds)) < len(kinds):
                 found.append(Chain(path, kinds))
     return tuple(found)
@@ -63,7 +63,7 @@ def _ids(leaves: list[Any]) -> set[int]:
     return {id(t) for t in leaves if isinstance(t, Tensor)}
 
 
-def _kinds(layers: list[nn.Module]) -> tuple[int, ...]:
+def kinds_of(layers: list[nn.Module]) -> tuple[int, ...]:
     """Structural class of each layer: equal classes have equal submodules, parameter shapes and settings.
 
     A setting that is the layer's own position in every layer (layer_idx) does not make a class.
