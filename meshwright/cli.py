@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from meshwright import cli_check, cli_dryrun
 from meshwright.profiling.errors import InputError
 from meshwright.version import __version__
 
@@ -292,6 +293,10 @@ def calibrate(
         return
     print(f"Measured {made.measured_s:.4g} s, predicted {made.predicted_s:.4g} s: {made.engine} on {made.device} is scaled by {made.scale:.3f}")
     print(f"Wrote {output}. Next: meshwright predict --runs runs.csv --calibration {output} -o predictions.csv")
+
+
+cli_check.register(app)
+cli_dryrun.register(app)
 
 
 def _check_output(output: str) -> None:

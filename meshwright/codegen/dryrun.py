@@ -1,6 +1,6 @@
 """The program that apply builds, run as one rank of N on one CPU: fake tensors and a fake process group, real shapes and bytes.
 
-Layers of a kind are alike, so a stage with many runs with two and with four of each kind, and a pipeline with just enough
+Layers of a kind are alike, so a stage with many runs with four and with five of each kind, and a pipeline with just enough
 microbatches to be full; what grows linearly is extrapolated to the whole.
 """
 
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
+import os
+import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,20 +26,26 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import schedules
 
-from meshwright.codegen.apply import Parallel, ProgramStage, apply, shard_modules
+from meshwright.codegen.apply import LossFn, Parallel, ProgramStage, apply, shard_modules
 from meshwright.codegen.runtime.pipeline import leave_out
-from meshwright.codegen.tracker import Moment, Tracker
+from meshwright.codegen.tracker import Failure, Moment, Tracker, shown
 from meshwright.planner.plan import Plan
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelInput
-from meshwright.profiling.loading import build_factory, build_hf
+from meshwright.profiling.loading import build_factory, build_hf, import_target, one_line
 from meshwright.profiling.structure import kinds_of
 
-FEW, MORE = 2, 4  # layers of a kind that a shortened stage keeps
+PHASES = ("forward", "step", "backward", "recompute", "optimizer")
+FEW, MORE = 4, 5  # layers of a kind that a shortened stage keeps: two at each end, where it can peak, and one between
 Label = tuple[str, str]  # phase, and module with its layer counted from the nearer end
 
 
@@ -69,7 +79,8 @@ class DryRun(BaseModel):
     phase: str
     module: str
     op: str
-    site: str
+    site: str  # autograd's node in backward, else a line of Python; "" for less than a MiB
+    by_phase: dict[str, float]  # the fullest moment of each phase
     collectives: tuple[Traffic, ...]
     seconds: float
 
@@ -85,6 +96,12 @@ class Measured:
     def peak(self) -> tuple[Moment, dict[str, float]]:
         return max(self.moments.values(), key=lambda x: sum(x[1].values()))
 
+    @property
+    def by_phase(self) -> dict[str, float]:
+        """Bytes of the fullest moment of each phase, in the order of a step."""
+        found = {p: max((sum(k.values()) for (q, _), (_, k) in self.moments.items() if p == q), default=0.0) for p in PHASES}
+        return {p: v for p, v in found.items() if v}
+
     def plus(self, less: Measured, more: Measured, times: float) -> Measured:
         """This run and `times` the difference of two others, where all three were."""
         moments = {}
@@ -95,12 +112,20 @@ class Measured:
         grown = {k: more.traffic.get(k, 0.0) - less.traffic.get(k, 0.0) for k in {*less.traffic, *more.traffic}}
         return Measured(moments, {k: self.traffic.get(k, 0.0) + times * grown.get(k, 0.0) for k in {*self.traffic, *grown}})
 
+    def repeated(self, fewer: Measured, base: Measured, longer: Measured, times: float) -> Measured:
+        """This run with the traffic of the layers that `longer` has over `base` `times` more, if it grows with microbatches at all."""
+        traffic = dict(self.traffic)
+        for k, n in longer.traffic.items():
+            if base.traffic.get(k, 0.0) != fewer.traffic.get(k, 0.0):
+                traffic[k] += times * (n - base.traffic.get(k, 0.0))
+        return Measured(self.moments, traffic)
+
 
 def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progress: Callable[[str], None] | None = None) -> DryRun:
     """Runs a training step of `plan` as `rank` (by default the first of the fullest stage), without its memory and without peers.
 
     `whole` runs every layer and microbatch of the stage instead of extrapolating. Raises InputError if the plan has no such rank, a
-    process group exists already or the model cannot be built, and what the program itself raises where shapes do not fit.
+    process group exists already, the model cannot be built, or the program does not run, as where shapes do not fit: it names the module.
     """
     say = progress or (lambda _: None)
     x = plan.layout
@@ -115,13 +140,15 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
     first, last = plan.solution.stages[stage].layers
     model = build(plan)
     m = plan.microbatches
-    few = m if whole else min(m, x.pp + 2)  # full, with gradients of an earlier one
+    on_cpu = plan.cluster.device.kind == "cpu"
+    # with one less, the pipeline is still full, has gradients of an earlier one, and on gloo keeps what it sent last while it filled
+    few = m if whole else min(m, max(x.pp + (4 if on_cpu else 2), 4))
     short = plan.solution.program is not None and not whole
     kinds = kinds_of([model.get_submodule(p) for p in plan.model.layer_paths])[first:last] if short else ()
     counts = Counter(kinds)
     base = {k: min(n, FEW) for k, n in counts.items()}
 
-    with _world(rank, x.devices):
+    with _world(rank, x.devices, on_cpu=on_cpu):
 
         def run(keep: Mapping[int, int], microbatches: int) -> Measured:
             kept = [first + i for i, k in enumerate(kinds) if kinds[i:].count(k) <= keep[k]] if short else None
@@ -130,20 +157,26 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
             say(f"rank {rank} of {x.devices}: running {layers} of {last - first} layers, {microbatches} of {m} microbatches")
             held = fake_model(model, plan, paths)
             numel = sum(p.numel() for p in held.parameters())
-            return run_fake(cut.model_copy(update={"model": cut.model.model_copy(update={"numel": numel})}), held)
+            try:
+                return run_fake(cut.model_copy(update={"model": cut.model.model_copy(update={"numel": numel})}), held)
+            except InputError:
+                raise
+            except Exception as e:
+                raise InputError(f"the plan's program does not run as rank {rank}: {_why(e)}") from e
 
         found = result = run(base, few)
-        for k, n in counts.items():
-            if n > FEW:
-                more = min(n, MORE)
-                result = result.plus(found, run({**base, k: more}, few), (n - FEW) / (more - FEW))
+        longer = {k: run({**base, k: min(n, MORE)}, few) for k, n in counts.items() if n > FEW}
+        for k, more in longer.items():
+            result = result.plus(found, more, (counts[k] - FEW) / (min(counts[k], MORE) - FEW))
         if few < m:
-            result = result.plus(run(base, few - 1), found, m - few)
+            fewer = run(base, few - 1)
+            result = result.plus(fewer, found, m - few).repeated(fewer, found, result, (m - few) / few)
     peak, by_kind = result.peak
     return DryRun(
         plan=plan.inputs_hash, rank=rank, stage=stage, layers=(first, last), layers_run=sum(base.values()) if short else last - first,
         microbatches=m, microbatches_run=few, peak_bytes=sum(by_kind.values()), by_kind={k: v for k, v in by_kind.items() if v},
-        phase=peak.phase, module=peak.module, op=peak.op, site=peak.site, seconds=time.perf_counter() - started,
+        phase=peak.phase, module=peak.module.removeprefix("model."), op=peak.op, site=peak.site, by_phase=result.by_phase,
+        seconds=time.perf_counter() - started,
         collectives=tuple(
             Traffic(op=op, group=group, ranks=ranks, nbytes=nbytes, phase=phase, count=count)
             for (op, group, ranks, nbytes, phase), count in sorted(result.traffic.items(), key=lambda c: -c[0][3] * c[1])
@@ -155,12 +188,12 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
 
 
 def run_fake(plan: Plan, model: nn.Module) -> Measured:
-    """Two steps on fake tensors as this rank of the fake process group; the second one counts."""
+    """A training step on fake tensors as this rank of the fake process group, tracked."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     template = copy.deepcopy(model) if plan.layout.pp > 1 else model
     with fake:
         _materialise(model, torch.float32)
-    parallel = apply(plan, model, device="cpu")
+    parallel = apply(plan, model, loss=_own_loss(plan), device="cpu")
     if plan.layout.pp > 1:
         with fake, torch.no_grad():
             carry, output = _examples(plan, template, parallel)
@@ -170,7 +203,10 @@ def run_fake(plan: Plan, model: nn.Module) -> Measured:
 
 
 def track(parallel: Parallel, fake: FakeTensorMode | None = None) -> Measured:
-    """Two training steps, the second one tracked. Parameters are fake tensors of `fake`, or real ones."""
+    """A training step, tracked, after a first one. Parameters are fake tensors of `fake`, or real ones.
+
+    With fake tensors the first step is the optimizer's alone: what a step leaves behind is its state.
+    """
     plan, tracker = parallel.plan, Tracker(_group)
     inside: Any = fake or contextlib.nullcontext()
     with inside:
@@ -179,15 +215,32 @@ def track(parallel: Parallel, fake: FakeTensorMode | None = None) -> Measured:
     tracker.tell("parameters", [*parallel.stage.parameters(), *parallel.stage.buffers()])
     tracker.tell("inputs", [inputs, labels])
     tracker.watch(parallel.stage)
-    with inside, tracker, _told_of_gradients(parallel.stage, tracker):
-        for _ in range(2):
-            tracker.restart()
-            parallel.train_step(inputs, labels)
-            tracker.optimizing = True
-            optimizer.step()
-            tracker.optimizing = False
-            tracker.tell("optimizer", list(optimizer.state.values()))
-            optimizer.zero_grad()
+
+    def step(compute: Callable[[], Any]) -> None:
+        gc.collect()
+        tracker.restart()
+        compute()
+        tracker.optimizing = True
+        optimizer.step()
+        tracker.optimizing = False
+        tracker.tell("optimizer", list(optimizer.state.values()))
+        optimizer.zero_grad()
+
+    def train() -> None:
+        parallel.train_step(inputs, labels)
+
+    def only_gradients() -> None:
+        for p in parallel.stage.parameters():
+            p.grad = torch.zeros_like(p)
+
+    with inside, tracker, _told_of_gradients(parallel.stage, tracker), _no_garbage_collection():
+        step(only_gradients if fake is not None else train)
+        try:
+            step(train)
+        except Exception as e:
+            if fake is None or tracker.failure is None or tracker.failure.error not in _chain(e):
+                raise
+            raise InputError(f"the plan's program does not run as rank {dist.get_rank()}: {_where(tracker.failure)}") from e
     return _measured(tracker, _layers_of(parallel))
 
 
@@ -198,7 +251,7 @@ def _measured(tracker: Tracker, layers: Sequence[str]) -> Measured:
         if label not in moments or moment.live_bytes > moments[label][0].live_bytes:
             moments[label] = (moment, {})
     found = tracker.by_category([m.time for m, _ in moments.values()])
-    for (moment, kinds), by_kind in zip(moments.values(), found, strict=True):
+    for (_, kinds), by_kind in zip(moments.values(), found, strict=True):
         kinds.update(by_kind)
     traffic: Counter[tuple[str, str, int, int, str]] = Counter()
     for c in tracker.collectives.values():
@@ -212,11 +265,52 @@ def _layers_of(parallel: Parallel) -> list[str]:
 
 
 def _anchored(module: str, layers: Sequence[str]) -> str:
-    """A module's path with its layer's number among the stage's, from whichever end is nearer: layer[0], layer[-1]."""
+    """A module's path with its layer's number among the stage's: layer[0] and layer[1], the others counted from the end to layer[-1]."""
     for i, path in enumerate(layers):
         if module == path or module.startswith(path + "."):
-            return f"layer[{i if 2 * i < len(layers) else i - len(layers)}]{module[len(path) :]}"
+            return f"layer[{i if i < 2 else i - len(layers)}]{module[len(path) :]}"
     return module.removeprefix("model.")
+
+
+def _where(failure: Failure) -> str:
+    """What an operator did not take, in one sentence."""
+    shapes = ", ".join(str(list(s)) for s in failure.shapes[:6]) or "no tensors"
+    if isinstance(failure.error, DataDependentOutputException | DynamicOutputShapeException):
+        why = "what it returns depends on values, which a dry run has not"
+    elif isinstance(failure.error, UnsupportedOperatorException):
+        why = "it has no fake kernel, so a dry run cannot run it"
+    else:
+        why = one_line(failure.error)
+    return f"{failure.module.removeprefix('model.') or 'outside the modules'}: {failure.op} of {shapes}: {why}"
+
+
+def _why(error: BaseException) -> str:
+    """An exception in one sentence, with the line outside torch that it came through."""
+    first = _chain(error)[-1]
+    lines = [f for f in traceback.extract_tb(first.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename and not f.filename.startswith("<")]
+    return one_line(first) + (f", at {shown(lines[-1].filename)}:{lines[-1].lineno}" if lines else "")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception and what caused it, the first cause last."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Memory in reference cycles then lives through the step, in every run alike."""
+    was = gc.isenabled()
+    gc.disable()
+    gc.freeze()  # what there was is not looked through between the steps
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -280,6 +374,11 @@ def build(plan: Plan) -> nn.Module:
     return model
 
 
+def _own_loss(plan: Plan) -> LossFn | None:
+    """The loss of the model's own file, where the plan was made with it."""
+    return getattr(import_target(plan.model.source)[0], "loss", None) if plan.model.objective == "custom" else None
+
+
 def fake_model(model: nn.Module, plan: Plan, paths: Sequence[str]) -> nn.Module:
     """A copy of a model on meta that holds, of its layers, those at `paths`."""
     absent = [p for p in plan.model.layer_paths if p not in set(paths)]
@@ -321,40 +420,57 @@ def shortened(plan: Plan, stage: int, kept: Sequence[int] | None, microbatches: 
     groups = [g.model_copy(update={"layers": tuple(at[i] for i in g.layers if i in at)}) for g in s.layer_shardings]
     paths = tuple(plan.model.layer_paths[i] for i in flat)
     assert s.program is not None
-    solution = s.model_copy(
-        update={"stages": tuple(stages), "layer_shardings": tuple(g for g in groups if g.layers), "program": s.program.model_copy(update={"layers": paths})}
-    )
+    program = s.program.model_copy(update={"layers": paths})
+    solution = s.model_copy(update={"stages": tuple(stages), "layer_shardings": tuple(g for g in groups if g.layers), "program": program})
     model = plan.model.model_copy(update={"layers": len(flat), "layer_paths": paths})
     return plan.model_copy(update={"workload": workload, "solution": solution, "model": model}), paths
 
 
 @contextlib.contextmanager
-def _world(rank: int, ranks: int) -> Iterator[None]:
-    """A process group whose collectives return at once."""
+def _world(rank: int, ranks: int, *, on_cpu: bool = False) -> Iterator[None]:
+    """A process group whose collectives return at once.
+
+    `on_cpu`: it stands for gloo, whose sends keep what they sent until the schedule forgets them; NCCL's let go when waited for.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     def settled(self: Any, stages: Any, *args: Any, **kwargs: Any) -> None:
         for s in stages:  # examples were given; the real vote on it reads a number off the wire
             s._inference_mode = schedules.InferenceMode.STATIC
 
+    send: Any = getattr(schedules, "_batch_p2p", None)
+
+    def keeping(ops: Any, *args: Any, **kwargs: Any) -> Any:
+        works = _Works(send(ops, *args, **kwargs))
+        works.sent = [op.tensor for op in ops]
+        return works
+
     owner = next((c for c in vars(schedules).values() if isinstance(c, type) and "_warmup_p2p" in vars(c)), None)
     patch: Any = mock.patch.object(owner, "_warmup_p2p", settled) if owner else contextlib.nullcontext()
+    keep: Any = mock.patch.object(schedules, "_batch_p2p", keeping) if on_cpu and send else contextlib.nullcontext()
+    level, hook = logging.root.manager.disable, sys.excepthook
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    level = logging.root.manager.disable
     try:
-        logging.disable(logging.WARNING)
-        with warnings.catch_warnings(), patch:
+        logging.disable(logging.ERROR)  # torch logs what an operator's fake kernel raises
+        with warnings.catch_warnings(), patch, keep:
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+        sys.excepthook = hook  # which init_process_group replaced
         dist.destroy_process_group()
+
+
+class _Works(list[Any]):
+    """Pending sends, with what they hold."""
+
+    sent: list[Tensor]
 
 
 def _group(name: str) -> tuple[str, int]:
     """What a process group is called, and its size."""
     try:
-        found = dist.distributed_c10d._resolve_process_group(name)
+        found = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, LookupError):
         return name, 0
     return str(getattr(found, "group_desc", "") or name).removeprefix("mesh_"), found.size()

@@ -10,20 +10,32 @@ What a storage is for is decided after the run, from what became of it: made by 
 from __future__ import annotations
 
 import bisect
+import os
+import site
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ROOTS = tuple(p + os.sep for p in sorted({os.path.dirname(_TORCH.rstrip(os.sep)), *site.getsitepackages()}, key=len, reverse=True))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OWN = (__file__, os.path.join(os.path.dirname(__file__), "dryrun.py"))
 CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "activations", "communication", "inputs", "temporaries")
+_NAMED = "meshwright module"
+_GROUPED = torch.ops.aten._grouped_mm.default
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_LIFT = torch.ops.aten.lift_fresh.default  # of a tensor that Python just made
 SITE_BYTES = 1 << 20  # allocations from this size on remember the line that made them
 
 
@@ -55,6 +67,16 @@ class Moment:
     module: str
     op: str
     site: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The last operator that raised: its name, the module, the shapes of its tensors."""
+
+    error: Exception
+    op: str
+    module: str
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -97,6 +119,7 @@ class Tracker(TorchDispatchMode):
         self.backwards: list[int] = []  # times at which a backward began
         self.optimizing = False
         self.paused = False
+        self.failure: Failure | None = None
         self._time = 0
         self._modules: list[str] = []
         self._behind = ""  # the module whose backward runs
@@ -140,8 +163,11 @@ class Tracker(TorchDispatchMode):
             if self._modules and self._modules[-1] == name:
                 self._modules.pop()
             for t in tree_leaves(output):
-                if isinstance(t, Tensor) and t.requires_grad:
-                    t.register_hook(reached)
+                # a module that returns what its last child returned leaves it the child's
+                if isinstance(t, Tensor) and t.grad_fn is not None:
+                    kept: Any = t.grad_fn.metadata
+                    if kept.setdefault(_NAMED, name) == name:
+                        t.register_hook(reached)
 
         return hook
 
@@ -155,7 +181,14 @@ class Tracker(TorchDispatchMode):
     # -- events
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is _WAIT and isinstance(args[0], FakeTensor):
+            return args[0]  # what waiting returns; the fake kernel makes a new tensor
+        try:
+            out = func(*args, **(kwargs or {})) if func is not _GROUPED else _grouped_mm(func, args, kwargs or {})
+        except Exception as e:
+            shapes = tuple(tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            self.failure = Failure(e, str(func), self.module, shapes)
+            raise
         if self.paused:
             return out
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -166,7 +199,9 @@ class Tracker(TorchDispatchMode):
             if task != -1:
                 self.backwards.append(self._time)
         for storage in storages_of(out):
-            self._take(storage, str(func))
+            # what the operator only passes on, and nobody told of, was there before: a device mesh's ranks, a backend's own buffer
+            if storage._cdata not in self._held and (func is _LIFT or not any(storage._cdata == s._cdata for s in storages_of((args, kwargs)))):
+                self._take(storage, str(func))
         return out
 
     def _take(self, storage: torch.UntypedStorage, op: str, phase: str = "") -> Lifetime:
@@ -175,12 +210,19 @@ class Tracker(TorchDispatchMode):
         if key in self._held:
             return self.lifetimes[self._held[key][0]]
         number, nbytes = len(self.lifetimes), storage.nbytes()
-        site = _site() if nbytes >= SITE_BYTES and not phase else ""
-        found = Lifetime(op, phase or self.phase, self.module, site, [(self._time, 0)])
+        where = self._site() if nbytes >= SITE_BYTES and not phase else ""
+        found = Lifetime(op, phase or self.phase, self.module, where, [(self._time, 0)])
         self.lifetimes.append(found)
         self._held[key] = (number, weakref.ref(storage, lambda _: self._die(key, number)))
         self._change(found, nbytes)
         return found
+
+    def _site(self) -> str:
+        """Where a storage is made: autograd's node in backward, else the line."""
+        if self.phase == "backward":
+            node = torch._C._current_autograd_node()
+            return "" if node is None else str(node.name())
+        return "" if self.phase == "optimizer" else _line()
 
     def _change(self, lifetime: Lifetime, nbytes: int) -> None:
         self._time += 1
@@ -268,8 +310,9 @@ class Tracker(TorchDispatchMode):
         if x.sent and x.phase == "step":  # what a pipeline receives into
             return "communication"
         born, died = x.born, x.changes[-1][0] if x.changes[-1][1] == 0 else self._time + 1
-        next_backward = bisect.bisect_right(self.backwards, born)
-        if x.phase == "recompute" or (x.phase in ("forward", "step") and next_backward < len(self.backwards) and self.backwards[next_backward] < died):
+        later = bisect.bisect_right(self.backwards, born)
+        read = x.phase in ("forward", "step") and later < len(self.backwards) and self.backwards[later] < died
+        if read or x.phase == "recompute":
             return "activations"
         return "communication" if x.sent else "temporaries"
 
@@ -282,14 +325,34 @@ def _group_name(x: Any) -> str:
     return ""
 
 
-def _site() -> str:
-    """The nearest line outside torch and this file."""
-    frame = sys._getframe(2)
-    for _ in range(60):
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
+    """The grouped product; its fake kernel refuses fp32, which the real one takes."""
+    if not isinstance(args[0], FakeTensor) or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    made = func(*(a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), **kwargs)
+    return torch.empty_like(made, dtype=args[0].dtype)
+
+
+def _line() -> str:
+    """The nearest line outside torch and this package, else the nearest of this package but its dry run."""
+    frame: FrameType | None = sys._getframe(3)
+    ours = ""
+    while frame is not None:
         name = frame.f_code.co_filename
-        if "/torch/" not in name and name != __file__ and not name.startswith("<"):
-            return f"{name}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
+        if name.startswith(_PACKAGE):
+            if not ours and name not in _OWN:
+                ours = f"{shown(name)}:{frame.f_lineno}"
+            if name in _OWN and frame.f_code.co_name == "track":
+                break
+        elif not name.startswith((_TORCH, "<")):
+            return f"{shown(name)}:{frame.f_lineno}"
         frame = frame.f_back
-    return ""
+    return ours
+
+
+def shown(path: str) -> str:
+    """A path from the current folder, or from where packages are installed."""
+    for root in (*_ROOTS, os.getcwd() + os.sep):
+        if path.startswith(root):
+            return path[len(root) :]
+    return path

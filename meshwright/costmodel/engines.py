@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Engine:
-    """Facts about one engine at one release, which the step model reads."""
+    """Facts about one engine at one release, which the step model reads; from `masks` on, the memory model alone."""
 
     name: str
     attention: Literal["unfused", "fa1", "fa2", "native"]  # scores in memory; FlashAttention 1, 2; the device's own best kernel
@@ -42,6 +42,17 @@ class Engine:
     gradient_store_B: float  # bytes per parameter that gradients are kept in
     state_B: float  # bytes per parameter of master weights and moments
     dropout: bool  # trained with dropout masks
+    masks: bool  # dropout masks of the two branches of a layer are kept for backward, a byte per element
+    repeats_kv: bool  # keys and values are copied once per query head before attention
+    light: bool  # can recompute norms and activation functions alone
+    loss_B: float  # bytes per logit at the peak of the loss, forward or backward
+    loss_split_B: float  # the same where the vocabulary is split over tensor-parallel ranks
+    frees_gradients: bool  # gradients are released after the optimiser and made anew in backward
+    bf16_gradient_B: float  # bytes per parameter that gradients take on top when training in bfloat16
+    step_B: float  # bytes per local parameter that the optimiser's step makes on top and frees
+    bucket_B: float  # bytes of communication buckets whose size is fixed, where data-parallel ranks share states
+    expandable: bool  # launched with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+    prints: Literal["allocated", "reserved"]  # which of torch's figures the engine's own log shows
 
 
 Facts = dict[str, tuple[Any, str]]
@@ -76,6 +87,17 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "gradient_store_B": (2.0, "fp16 gradients"),
         "state_B": (12.0, "Rajbhandari et al. 2020 (arXiv:1910.02054): fp32 master and two moments"),
         "dropout": (True, "Shoeybi et al. 2019: dropout 0.1"),
+        "masks": (True, KORTHIKANTI + ", section 4.1; Megatron-LM arguments: --hidden-dropout 0.1 unless given"),
+        "repeats_kv": (False, "keys and values stay as they are until the attention kernel"),
+        "light": (False, "--recompute-granularity knows full and selective"),
+        "loss_B": (10.0, "vocab_parallel_cross_entropy: 16-bit logits 2, their fp32 copy 4, its exponentials 4; backward works in place"),
+        "loss_split_B": (10.0, "the same on each rank's part of the vocabulary"),
+        "frees_gradients": (False, "gradients live in one contiguous buffer"),
+        "bf16_gradient_B": (0.0, "the same buffer in both precisions"),
+        "step_B": (0.0, "fused Adam (apex, TransformerEngine) works in place"),
+        "bucket_B": (0.0, "collectives work on slices of the gradient buffer"),
+        "expandable": (False, "off unless PYTORCH_CUDA_ALLOC_CONF says so"),
+        "prints": ("allocated", "Megatron-LM report_memory, and papers built on it: max_memory_allocated"),
     }),
     "megatron-2021": ("megatron-2020", {
         "fusion": ("modules", "Narayanan et al. 2021, section 4.2: fused bias+GeLU, bias+dropout+add, scale+mask+softmax"),
@@ -83,6 +105,10 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
     "megatron-deepspeed": ("megatron-2021", {
         "gradient_B": (4.0, "BigScience Megatron-DeepSpeed: all-reduce of 16-bit gradients, then all-gather under ZeRO-1; bf16 optimizer keeps fp32"),
         "zero": ("zero1", "BigScience Megatron-DeepSpeed train scripts: ZERO_STAGE=1 or 0"),
+        "masks": (False, "BLOOM and GPT-NeoX train without dropout"),
+        "bucket_B": (2e9, "DeepSpeed configuration: reduce_bucket_size and allgather_bucket_size, 5e8 elements each, 16 bits"),
+        "bf16_gradient_B": (4.0, "DeepSpeed BF16_Optimizer: gradients accumulate in fp32, whole on every rank, beside the 16-bit ones"),
+        "step_B": (4.0, "DeepSpeed stage_1_and_2: averaged 16-bit gradients become one flat fp32 partition in step(); divided as states are"),
         "dropout": (False, "BLOOM and GPT-NeoX train without dropout"),
     }),
     "megatron-2022": ("megatron-2021", {
@@ -109,6 +135,8 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "loss_passes": (5.0, "Megatron Core: cross_entropy_loss_fusion"),
         "zero": ("zero1", "Megatron Core performance recipes: use_distributed_optimizer"),
         "interleaves": (True, "Megatron Core performance guide: set virtual_pipeline_model_parallel_size to hide the bubble"),
+        "masks": (False, "Megatron Core recipes: hidden_dropout 0"),
+        "light": (True, "Megatron Core: recompute_modules layernorm, moe_act, mla_up_proj, mlp, moe, core_attn"),
         "gradient_store_B": (4.0, "Megatron Core: gradients accumulate in fp32"),
     }),
     "megatron-core-grouped": ("megatron-core", {
@@ -130,8 +158,19 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "recompute": ("none", "off unless configured"),
         "stops_early": (True, "torch.utils.checkpoint, use_reentrant=False: early stop"),
         "zero": ("zero3", TORCH_FSDP + ": FULL_SHARD is the default"),
+        "masks": (False, "0 in the configurations of large models"),
+        "repeats_kv": (True, "torchtitan, torchtune, llama and Hugging Face: repeat_kv before scaled_dot_product_attention"),
+        "loss_B": (14.0, "F.cross_entropy on logits.float(): log-probabilities 4, gradients of nll_loss and log_softmax 4 each; 16-bit logits 2"),
+        "loss_split_B": (16.0, "torch.distributed.tensor.parallel.loss: log-probabilities, one-hot gradient, exponentials and their sum, fp32"),
+        "frees_gradients": (True, "torch.optim.Optimizer.zero_grad: set_to_none is the default"),
+        "step_B": (4.0, "torch.optim.AdamW foreach: one list of fp32 temporaries as large as the local parameters"),
         "dropout": (False, "0 in the configurations of large models"),
     }),
+    "composer": ("fsdp1", {
+        "loss_B": (4.0, "LLM Foundry: loss_fn fused_crossentropy (flash-attn) works on 16-bit logits and writes their gradient in their place"),
+        "step_B": (0.0, "LLM Foundry: decoupled_adamw and decoupled_lionw work parameter by parameter"),
+    }),
+    "composer-fa2": ("composer", {"attention": ("fa2", "flash-attn 2 and torch SDPA, released July and October 2023")}),
     "fsdp1-2022": ("fsdp1", {"attention": ("unfused", "before FlashAttention (2022; in PyTorch since March 2023) reached these trainers")}),
     "fsdp1-fa2": ("fsdp1", {"attention": ("fa2", "flash-attn 2 and torch SDPA, released July and October 2023")}),
     "fsdp2": ("fsdp1-fa2", {
@@ -140,6 +179,9 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "cast_B": (6.0, "torchao float8: dynamic scaling reads each tensor for its maximum, then reads and casts it in two layouts"),
         "recompute": ("selective", "torchtitan train configs: activation_checkpoint.mode = selective"),
         "selective": ("every second", "torchtitan: the op policy saves every second matmul"),
+        "loss_B": (12.0, "as fsdp1, but torchtitan's train loop deletes the prediction before backward"),
+        "expandable": (True, "torchtitan run_train.sh sets expandable_segments:True"),
+        "prints": ("reserved", "torchtitan components/metrics.py: the log's memory is max_reserved_gib"),
         "sequence_parallel": (True, "torchtitan: SequenceParallel plan for norms and residual"),
     }),
     "fsdp2-te": ("fsdp2", {
@@ -147,6 +189,8 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "fusion": ("modules", "TransformerEngine modules fuse norms and casts"),
         "recompute": ("none", "NeMo AutoModel benchmark configs: activation_checkpointing false"),
         "grouped_experts": ("yes", "NeMo AutoModel: grouped GEMM experts and DeepEP"),
+        "expandable": (False, "its launcher leaves PYTORCH_CUDA_ALLOC_CONF alone"),
+        "prints": ("allocated", "NeMo AutoModel: max_memory_allocated in its training log"),
         "sends_once": (True, "DeepEP (DeepSeek 2025)"),
     }),
     "torchtune": ("fsdp2", {
@@ -154,6 +198,10 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "gradient_B": (2.0, "torchtune recipes: bf16 throughout"),
         "recompute": ("none", "single-device recipes: enable_activation_checkpointing false unless set"),
         "zero": ("zero3", "torchtune distributed recipes: FSDP2"),
+        "loss_B": (4.0, "torchtune recipes since 2024: CEWithChunkedOutputLoss, 16-bit logits and their gradient; fp32 in chunks only"),
+        "expandable": (False, "its recipes leave PYTORCH_CUDA_ALLOC_CONF alone"),
+        "prints": ("allocated", "torchtune.training.get_memory_stats: peak_memory_active and peak_memory_alloc"),
+        "step_B": (2.0, "torch.optim.AdamW foreach on bf16 parameters; 0 with fused=True, its recipes' setting since 2025"),
         "state_B": (4.0, "two bf16 moments"),
         "sequence_parallel": (False, "no tensor parallelism by default"),
     }),
@@ -161,6 +209,10 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "gradient_B": (2.0, "DeepSpeed ZeRO: gradients reduced in the training dtype"),
         "optimizer_B": (44.0, "DeepSpeed FusedAdam on fp32 partitions, with a cast"),
         "stops_early": (False, "Hugging Face gradient checkpointing was reentrant by default"),
+        "loss_B": (16.0, "Hugging Face: the fp32 logits stay in the model's output 4, log-probabilities 4, two gradients 8"),
+        "frees_gradients": (False, "DeepSpeed ZeRO: partitioned gradients stay until the step"),
+        "bucket_B": (2e9, "DeepSpeed configuration: reduce_bucket_size and allgather_bucket_size, 5e8 elements each, 16 bits"),
+        "step_B": (4.0, "DeepSpeed ZeRO: the fp32 copy of a rank's gradients in step()"),
         "fusion": ("eager", "Hugging Face modules, eager"),
     }),
     "deepspeed-2022": ("deepspeed", {
@@ -177,6 +229,9 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "zero": ("zero1", "InternEvo configs: zero1"),
         "sequence_parallel": (False, "off in the published configs"),
         "broadcast_parameters": (True, "InternEvo HybridZeroOptimizer: each rank broadcasts its partition of whole tensors"),
+        "masks": (False, "its Llama-like models have no dropout"),
+        "bucket_B": (1.07e9, "InternEvo configs: reduce_bucket_size 512 MiB, two buckets"),
+        "step_B": (8.0, "InternEvo HybridZeroOptimizer.step: flat 16-bit gradients to fp32 (4 more), and flattened copies of the partition (4)"),
     }),
     "nanotron": ("megatron-2023", {
         "fusion": ("eager", "nanotron: plain modules, flash-attn and fused norm"),
@@ -184,11 +239,14 @@ ENGINES: dict[str, tuple[str | None, Facts]] = {
         "zero": ("zero1", "nanotron: ZeRO-1 in its configurations"),
         "gradient_store_B": (4.0, "nanotron: accumulate_grad_in_fp32"),
         "loss_passes": (10.0, "sharded cross-entropy, unfused"),
+        "masks": (False, "its Llama models have no dropout"),
     }),
     "xla": ("megatron-core", {
         "attention": ("fa2", "XLA calls cuDNN flash attention, or Pallas kernels"),
         "overlap_tp": (False, "latency-hiding scheduler without collective matmul by default"),
         "loss_passes": (6.0, "XLA fuses the softmax"),
+        "loss_B": (8.0, "XLA fuses the softmax: logits in fp32 and their gradient"),
+        "loss_split_B": (8.0, "the same"),
         "recompute": ("full", "remat of whole layers is the default policy of MaxText and its kin"),
         "zero": ("zero3", "GSPMD: parameters sharded over the fsdp axis"),
         "grouped_experts": ("yes", "MaxText: megablox grouped matmul"),
@@ -214,7 +272,7 @@ FAMILIES: tuple[tuple[str, tuple[tuple[float, str], ...]], ...] = (
     (r"nanotron|picotron|ultrascale", ((0, "nanotron"),)),
     (r"jax|xla|maxtext|alpa|levanter|paxml|praxis|easylm|t5x", ((0, "xla"),)),
     (r"fsdp.?2|fully_shard", ((0, "fsdp2"),)),
-    (r"composer|foundry|mosaic", ((0, "fsdp1"), (2024, "fsdp1-fa2"))),
+    (r"composer|foundry|mosaic", ((0, "composer"), (2024, "composer-fa2"))),
     (
         r"fsdp|metaseq|olmo|litgpt|lightning|fairscale|accelerate|fms|axolotl|unsloth|trl|llama.?recipes|llama.?cookbook",
         ((0, "fsdp1-2022"), (2022.9, "fsdp1"), (2023.6, "fsdp1-fa2"), (2025, "fsdp2")),
@@ -234,6 +292,12 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"(?<!no )(?<!without )\bcompiled?\b", {"fusion": "compiled"}),
     (r"async.?tp|asynctp|collective matmul|tp.?comm.?overlap|userbuffer", {"overlap_tp": True}),
     (r"chunked.?(ce|cross)|fused.?(linear.?)?cross|liger|cut.?cross", {"loss_passes": 4.0}),
+    (r"chunked.?(ce|cross)|fused.?(linear.?)?cross|liger|cut.?cross", {"loss_passes": 4.0, "loss_B": 4.0, "loss_split_B": 4.0}),
+    # the logits are never whole: only a chunk of them and the gradient of the hidden states
+    (r"fused.?linear.?cross|liger|cut.?cross", {"loss_B": 0.5, "loss_split_B": 0.5}),
+    # litgpt: the head runs in chunks (lm_head_chunk_size) and chunked_cross_entropy keeps 16-bit log-probabilities beside the logits
+    (r"lit-?gpt", {"loss_B": 6.0}),
+    (r"optimi[sz]er.?in.?(bwd|backward)", {"gradient_store_B": 0.0, "step_B": 0.0}),
     # torchao float8, rowwise: an absolute maximum and a cast along rows, and again along columns, each its own strided pass
     (r"(?:float|fp)8[ -]row.?wise", {"cast_B": 24.0}),
     (r"deep.?ep|hybrid.?ep|hai.?llm", {"sends_once": True}),

@@ -1,54 +1,60 @@
-"""Bytes of one rank: what lives through the step, what a microbatch leaves behind, and the peak of the work in between.
+"""Bytes of one block on one rank: what it leaves for backward, and the most that is alive while it runs.
 
-Persistent bytes are those of FSDP2 as the runtime applies it (a parameter is stored in fp32, sharded; it is used in the compute
-dtype, gathered; gradients are reduced in fp32):
-
-    parameters   4 P / shard  +  c P while gathered (always for ZeRO 0 to 2, two layers and the root for ZeRO 3)
-    gradients    4 P (accumulated whole, ZeRO 0 and 1) or 4 P / shard, and c + 4 bytes for the layer being reduced
-    optimizer    8 P / shard  (AdamW: two moments in fp32)
-
-with c the bytes of the compute dtype and shard = dp (1 for ZeRO 0). Activations come from the traced joint graph: a storage that
-forward makes and backward reads. Rajbhandari et al. 2020; Korthikanti et al. 2022 for what recompute keeps.
+They come from the liveness of the traced joint program: a storage that forward makes and backward reads is kept. Rajbhandari et
+al. 2020 for what data parallelism shards; Korthikanti et al. 2022 for what recompute keeps. costmodel/stagememory.py adds blocks
+up to the peak of a pipeline stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from meshwright.costmodel.sharded import ShardedBlock
-from meshwright.profiling.graph import Op, Storage
+from meshwright.profiling.graph import DTYPE_BYTES, Block, Op, Storage
 
 MASTER, MOMENTS, REDUCED = 4.0, 8.0, 4.0  # bytes per parameter: fp32 parameter, two fp32 moments, fp32 gradient
-PREFETCHED = 2  # layers whose parameters are gathered at once under ZeRO 3: the one that computes and the next
 SAVED_KINDS = frozenset(("matmul", "attention", "experts", "conv"))  # what selective recompute keeps
 
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """Bytes of one block on one rank, for each microbatch of an array. All [batches].
+    """Bytes of one block on one rank, for each microbatch of an array. All [batches] but the last three.
 
-    `saved`: what forward leaves for backward. `kept_selective`, `kept_full`: the same under recompute. `peak`: the most that is
-    alive while the block runs forward or backward, its saved tensors included. `carry`: the block's input.
+    `saved`: what forward leaves for backward; `kept_selective`, `kept_full`: the same under recompute. `forward`: the most that is
+    alive while the block runs forward, `backward` while it runs backward with its gradients of parameters, `backward_in_place`
+    where those are added to ones that exist. All include what is saved; `backward` also the gradient that comes in. `carry`: the
+    block's input. `output`: the model's output, in the block that makes it. `side`: what layers take besides the carry. `incoming`:
+    the gradient that comes in. `keeps_result`: what the block returns is among what is saved.
     """
 
     saved: np.ndarray
     kept_selective: np.ndarray
     kept_full: np.ndarray
-    peak: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    backward_in_place: np.ndarray
     carry: np.ndarray
+    output: np.ndarray
+    side: np.ndarray
+    incoming: np.ndarray
+    keeps_result: bool
     numel: float
+    buffers: float
+    shapes: dict[str, tuple[float, float]]  # of the local parameters: rows, elements of a row
 
     def kept(self, recompute: str) -> np.ndarray:
         return {"none": self.saved, "selective": self.kept_selective, "full": self.kept_full}[recompute]
 
-    def working(self, recompute: str) -> np.ndarray:
-        """Most that is alive while the block runs, what it keeps included."""
-        if recompute == "none":
-            return np.maximum(self.peak, self.saved)
-        return np.maximum(self.peak, self.kept(recompute)) + self.carry
+    def again(self, recompute: str) -> np.ndarray:
+        """What recompute adds to the backward: the block's input, which nothing else holds."""
+        return np.zeros_like(self.carry) if recompute == "none" else self.carry
+
+    def padded(self, shards: int) -> float:
+        """Parameters when FSDP pads the rows of each to a multiple of `shards`."""
+        return sum(np.ceil(rows / shards) * shards * row for rows, row in self.shapes.values())
 
 
 def block_memory(sharded: ShardedBlock, batches: np.ndarray) -> BlockMemory:
@@ -60,18 +66,97 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray) -> BlockMemory:
     nbytes = size[:, 0][None, :] + b[:, None] * size[:, 1][None, :]  # [batches, storages]
     born = np.array([s.born for s in block.storages], int)
     dies = np.array([s.dies for s in block.storages], int)
+    loss = next((op for op in block.ops if op.kind == "cross_entropy"), None)
+    output = np.zeros(len(b))
+    if loss is not None:
+        output = _loss_in_place(loss, sharded, b, nbytes, born, dies)
     steps = int(dies.max(initial=0)) + 2
-    change = np.zeros((len(b), steps))
-    np.add.at(change.T, born, nbytes.T)
-    np.subtract.at(change.T, dies + 1, nbytes.T)
-    peak = np.cumsum(change, axis=1).max(axis=1)
-    saved = nbytes[:, [s.saved for s in block.storages]].sum(axis=1) if block.storages else np.zeros(len(b))
+    turn = min((s.born for s in block.storages if s.backward), default=steps)
+    to_the_end = np.where([s.gradient for s in block.storages], steps - 2, dies) if block.storages else dies
+    copies = _copies(sharded, b, steps)
+    in_place, held = (_live(nbytes, born, d, steps) + copies for d in (dies, to_the_end))
     carry = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "carry"), np.zeros(len(b)))
-    outputs = sum((_output_bytes(op, sharded, b) for op in block.ops if op.kind in SAVED_KINDS), np.zeros(len(b)))
+    side = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "side"), np.zeros(len(b)))
+    saved = nbytes[:, [s.saved for s in block.storages]].sum(axis=1) if block.storages else np.zeros(len(b))
+    forward = held[:, :turn].max(axis=1, initial=0.0)
+    backward, again_in_place = (x[:, turn:].max(axis=1, initial=0.0) for x in (held, in_place))
+    incoming = _value_bytes(block.outputs[0], sharded, b) if block.outputs and loss is None else np.zeros(len(b))
+    backward, again_in_place = backward + incoming, again_in_place + incoming
+    kept = sum((_output_bytes(op, sharded, b) for op in block.ops if op.kind in SAVED_KINDS), np.zeros(len(b)))
     for c in sharded.collectives:
         if c.phase == "forward" and c.op in ("all_reduce", "reduce_scatter"):
-            outputs = outputs + (c.amount.const + b * c.amount.per_sample) / (sharded.ranks if c.op == "reduce_scatter" else 1)
-    return BlockMemory(saved, np.minimum(outputs + carry, saved + carry), carry, peak, carry, sharded.numel)
+            kept = kept + (c.amount.const + b * c.amount.per_sample) / (sharded.ranks if c.op == "reduce_scatter" else 1)
+    return BlockMemory(
+        saved=saved, kept_selective=np.minimum(kept + carry, saved + carry), kept_full=carry, forward=forward,
+        backward=np.maximum(backward, saved), backward_in_place=np.maximum(again_in_place, saved), carry=carry, output=output, side=side,
+        incoming=incoming, keeps_result=any(s.saved and block.outputs and s.op == block.outputs[0].partition(":")[0] for s in block.storages),
+        numel=sharded.numel, buffers=float(sum(p.numel * DTYPE_BYTES.get(p.dtype, 4) for p in block.buffers)), shapes=_shapes(sharded),
+    )  # fmt: skip
+
+
+def _live(nbytes: np.ndarray, born: np.ndarray, dies: np.ndarray, steps: int) -> np.ndarray:
+    """Live bytes at each step, [batches, steps]."""
+    change = np.zeros((len(nbytes), steps))
+    np.add.at(change.T, born, nbytes.T)
+    np.subtract.at(change.T, dies + 1, nbytes.T)
+    return np.cumsum(change, axis=1)
+
+
+def _copies(sharded: ShardedBlock, b: np.ndarray, steps: int) -> np.ndarray:
+    """Bytes that collectives hold beside their result while they run, [batches, steps]: the whole tensor that is reduced, or gathered
+    before it is put in order. A gradient that is gathered for an op's backward stays until that is done."""
+    extra = np.zeros((len(b), steps))
+    times: dict[tuple[str, bool], list[int]] = {}
+    for s in sharded.block.storages:
+        times.setdefault((s.op, s.backward), []).append(s.born)
+    for c in sharded.collectives:
+        at = times.get((c.value.partition(":")[0], c.phase == "backward"))
+        if at is None:  # of what enters the block: at its beginning, or at the end of its backward
+            begin = end = 0 if c.phase == "forward" else max(steps - 2, 0)
+        elif c.phase == "forward":
+            begin = end = max(at)
+        else:
+            begin, end = min(at), max(at) if c.op == "all_gather" else min(at)
+        extra[:, begin : end + 1] += (c.amount.const + b * c.amount.per_sample)[:, None]
+    return extra
+
+
+def _loss_in_place(loss: Op, sharded: ShardedBlock, b: np.ndarray, nbytes: np.ndarray, born: np.ndarray, dies: np.ndarray) -> np.ndarray:
+    """Bytes of the model's output; changes sizes and deaths of the loss's storages to those of what runs.
+
+    The plain loss is as traced: at the backward of log-softmax the saved log-probabilities and two gradients, 12 bytes a logit. On
+    shards of the classes (codegen/runtime/loss.py) the saved softmax becomes the gradient in place. The logits stay while the loss
+    runs forward: its caller holds them.
+    """
+    block = sharded.block
+    made = next((op for op in _upwards(block, loss) if op.kind not in ("copy", "view", "pointwise")), None)
+    own = np.array([s.op == loss.name for s in block.storages], bool)
+    backward = np.array([s.backward for s in block.storages], bool)
+    first = min((t for t, mine in zip(born, own & ~backward, strict=True) if mine), default=0)
+    logits = np.array([made is not None and s.op == made.name and not s.backward for s in block.storages], bool)
+    dies[logits] = np.maximum(dies[logits], first)
+    if loss.name in sharded.divided:
+        saved = own & ~backward & np.array([s.saved for s in block.storages], bool)
+        dies[saved] = max((t for t, mine in zip(dies, own & backward, strict=True) if mine), default=0)
+        nbytes[:, own & backward] = 0.0
+    return np.asarray(nbytes[:, logits].sum(axis=1))
+
+
+def _upwards(block: Block, op: Op) -> Iterator[Op]:
+    """The ops that made an op's first input, from the nearest on."""
+    while op.inputs and (source := block.by_name.get(op.inputs[0].partition(":")[0])) is not None:
+        yield source
+        op = source
+
+
+def _shapes(sharded: ShardedBlock) -> dict[str, tuple[float, float]]:
+    found = {}
+    for p in sharded.block.params:
+        state, rows = sharded.params.get(p.name, "I"), float(p.shape[0] if p.shape else 1)
+        local = p.numel * sharded.share(f"param:{p.name}")
+        rows = rows / sharded.ranks if state.startswith("S0") else rows
+        found[p.name] = (rows, local / rows if rows else 0.0)
+    return found
 
 
 def _value_bytes(v: str, sharded: ShardedBlock, b: np.ndarray) -> np.ndarray:
@@ -104,36 +189,3 @@ def _storage_share(s: Storage, op: Op, sharded: ShardedBlock) -> float:
     elif s.saved and out in sharded.gathered:
         return 1.0  # the gathered copy is what its consumers keep
     return sharded.share(out)
-
-
-class Persistent(NamedTuple):
-    """Bytes that one stage holds through the step, by category, as a function of its parameters (numbers or arrays)."""
-
-    parameters: Any
-    gradients: Any
-    optimizer: Any
-    buffers: Any
-
-    @property
-    def total(self) -> Any:
-        return self.parameters + self.gradients + self.optimizer + self.buffers
-
-
-def persistent_bytes(numel: Any, largest: Any, root: Any, *, zero: Any, dp: Any, compute_bytes: float, accumulates: Any) -> Persistent:
-    """Persistent bytes of a stage with `numel` local parameters, of which `root` in no layer and `largest` in its largest one.
-
-    `accumulates`: more than one microbatch. FSDP is on when dp > 1 or the compute dtype is not fp32; without it there is one
-    copy of parameters and gradients. Arguments are numbers or arrays of one shape, and so are the results.
-    """
-    shard = 1 + (dp - 1) * (zero > 0)
-    fsdp = 1 - (dp == 1) * (compute_bytes == MASTER)
-    whole = _least(numel, root + PREFETCHED * largest)
-    gathered = (numel + (whole - numel) * (zero == 3)) * compute_bytes * fsdp
-    sums = REDUCED * numel / shard
-    gradients = sums + (REDUCED * numel - sums) * ((zero < 2) & accumulates)
-    buffers = fsdp * _least(numel, largest) * (compute_bytes + 2 * REDUCED)  # a layer's gradients, two reduce-scatter inputs
-    return Persistent(MASTER * numel / shard + gathered, gradients, MOMENTS * numel / shard, buffers)
-
-
-def _least(a: Any, b: Any) -> Any:
-    return (a + b - abs(a - b)) / 2

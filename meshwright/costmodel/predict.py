@@ -13,13 +13,13 @@ from typing import Any
 from meshwright.costmodel import constants
 from meshwright.costmodel.features import features
 from meshwright.costmodel.rowmodel import build
-from meshwright.costmodel.runmemory import fits, peak_bytes
+from meshwright.costmodel.runmemory import fits, peak
 from meshwright.costmodel.runs import Run, parse, parse_all, read_rows
 from meshwright.costmodel.training import Batch, step
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.files import write_atomically
 
-COLUMNS = ("id", "step_s_p05", "step_s_p50", "step_s_p95", "peak_bytes_p50", "fits", "unmodelled")
+COLUMNS = ("id", "step_s_p05", "step_s_p50", "step_s_p95", "peak_bytes_p50", "peak_bytes_p95", "fits", "unmodelled")
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,15 @@ class Prediction:
 
     id: str
     step_s: tuple[float, float, float] | None  # p05, p50, p95
-    peak_bytes: float | None
+    peak_bytes: tuple[float, float] | None  # p50, p95, of the figure that the run publishes: allocated, reserved or the driver's
     fits: bool | None
     unmodelled: str
 
     def row(self) -> list[str]:
         if self.step_s is None or self.peak_bytes is None:
-            return [self.id, "", "", "", "", "", self.unmodelled]
-        return [self.id, *(f"{s:.6g}" for s in self.step_s), f"{self.peak_bytes:.0f}", str(self.fits).lower(), self.unmodelled]
+            return [self.id, "", "", "", "", "", "", self.unmodelled]
+        peaks = (f"{b:.0f}" for b in self.peak_bytes)
+        return [self.id, *(f"{s:.6g}" for s in self.step_s), *peaks, str(self.fits).lower(), self.unmodelled]
 
 
 def predict_runs(
@@ -86,8 +87,9 @@ def predict_runs(
         for (i, run, f), t in zip(ready, seconds, strict=True):
             low, high = fitted.spread["mixture" if run.dims.experts else "dense"]
             scale = calibration.scale if calibration and calibration.applies(run) else 1.0
-            peak = peak_bytes(run, f)
-            found[i] = Prediction(run.id or str(i + 2), (low * t * scale, t * scale, high * t * scale), peak, fits(run, peak), left_out(run))
+            most = peak(run, f, parsed[i][0].get("schedule") or "")
+            step_s = (low * t * scale, t * scale, high * t * scale)
+            found[i] = Prediction(run.id or str(i + 2), step_s, (most.p50, most.p95), fits(run, most), left_out(run))
     predictions = [found[i] for i in range(len(parsed))]
     if output is not None:
         write_atomically(output, table(predictions))

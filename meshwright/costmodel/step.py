@@ -19,10 +19,12 @@ from functools import cached_property
 import numpy as np
 
 from meshwright.costmodel import collectives, constants
-from meshwright.costmodel.memory import SAVED_KINDS, BlockMemory, block_memory
+from meshwright.costmodel.allocator import Coefficients, surroundings
+from meshwright.costmodel.memory import MASTER, REDUCED, SAVED_KINDS, BlockMemory, block_memory
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.pricing import price_ops
 from meshwright.costmodel.sharded import ShardedBlock
+from meshwright.costmodel.stagememory import Blocks, Shape, StageMemory
 from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.graph import ModelGraph
 
@@ -78,7 +80,6 @@ class Priced:
     parts: dict[str, np.ndarray]  # what forward + backward add up from, by name
     optimizer: np.ndarray  # of `once`
     kept: np.ndarray
-    working: np.ndarray
     numel: np.ndarray
     send: np.ndarray  # [layouts]
     carry: np.ndarray  # [layouts] bytes
@@ -86,6 +87,16 @@ class Priced:
     @property
     def per_microbatch(self) -> np.ndarray:
         return self.forward + self.backward
+
+
+def _tied_twice(graph: ModelGraph) -> dict[int, set[str]]:
+    """Parameters of blocks outside the layers that an earlier block holds already, under a tied name: names by block."""
+    found: dict[int, set[str]] = {}
+    for group in graph.tied:
+        holders = [(b.id, p.name) for b in graph.blocks if not b.repeated for p in b.params if p.name in group]
+        for block, name in holders[1:]:
+            found.setdefault(block, set()).add(name)
+    return found
 
 
 class Bound:
@@ -115,13 +126,19 @@ class Bound:
         self._f, self._b, self._cf, self._cb = (stack(n) for n in ("forward", "backward", "comm_forward", "comm_backward"))
         self._r, self._cr = stack("recompute"), stack("comm_recompute")
         memory = [[c.memory for c in row] for row in rows]
+        self._memory = memory
         self._kept = np.array([[[m.kept(r) for r in RECOMPUTE] for m in row] for row in memory])
-        self._working = np.array([[[m.working(r) for r in RECOMPUTE] for m in row] for row in memory])
-        self._carry = np.array([[m.carry for m in row] for row in memory])
+        self._again = np.array([[[m.again(r) for r in RECOMPUTE] for m in row] for row in memory])
+        fields = ("saved", "forward", "backward", "backward_in_place", "carry", "output", "side", "incoming")
+        self._bytes = {name: np.array([[getattr(m, name) for m in row] for row in memory]) for name in fields}  # [shardings, blocks, batches]
+        self._carry = self._bytes["carry"]
         self._numel = np.array([[m.numel for m in row] for row in memory])
+        self._buffers = np.array([m.buffers for m in memory[0]]) if memory else np.zeros(0)
+        self._keeps_result = np.array([[m.keeps_result for m in row] for row in memory])
+        self._twice = _tied_twice(graph)
         # stem and head are not checkpointed: recompute of theirs is as none
         for i in np.flatnonzero(~self.repeated):
-            for table in (self._kept, self._working):
+            for table in (self._kept, self._again):
                 table[:, i, 1:] = table[:, i, :1]
             self._r[:, i] = 0.0
             self._cr[:, i] = 0.0
@@ -209,8 +226,77 @@ class Bound:
         }  # fmt: skip
         return Priced(
             forward=forward + per_forward, backward=backward + per_backward + accumulation, once=once + optimizer, parts=parts, optimizer=optimizer,
-            kept=self._kept[t, :, r, k], working=self._working[t, :, r, k],
-            numel=numel, send=send, carry=carry,
+            kept=self._kept[t, :, r, k], numel=numel, send=send, carry=carry,
+        )  # fmt: skip
+
+    def tied_numel(self, layouts: Layouts) -> np.ndarray:
+        """Parameters that blocks count twice where one rank holds both, of each layout."""
+        twice = {
+            t: sum(rows * row for block, names in self._twice.items() for name, (rows, row) in self._memory[t][block].shapes.items() if name in names)
+            for t in self.index.values()
+        }
+        return np.array([twice[self.index[int(tp), bool(sp)]] for tp, sp in zip(layouts.tp, layouts.sp, strict=True)], float)
+
+    def reported(self, layouts: Layouts) -> Coefficients:
+        """What the device reports over live bytes, of each layout: what its other streams keep, and its communicators."""
+        keys = [self.index[int(tp), bool(sp)] for tp, sp in zip(layouts.tp, layouts.sp, strict=True)]
+        numel = self._numel[keys]
+        fsdp = (layouts.dp > 1) | (self.compute_bytes < MASTER)
+        sharded = (layouts.dp > 1) & (layouts.zero > 0)
+        outside = np.where(self.repeated, 0.0, numel)
+        root = np.where(layouts.pp > 1, outside.max(axis=1, initial=0.0), outside.sum(axis=1))
+        layer = np.where(self.repeated, numel, 0.0).max(axis=1, initial=0.0)
+        gathered = np.where(sharded, self.compute_bytes * (root + 2 * layer), 0.0)
+        local = np.asarray(numel @ self.counts) / layouts.pp / np.where(layouts.zero > 0, layouts.dp, 1)
+        reduced = np.where(fsdp & (layouts.microbatches == 1), REDUCED * local, 0.0)
+        groups = (layouts.tp > 1).astype(int) + (layouts.pp > 1) + (layouts.dp > 1)
+        return surroundings(self.cluster.device, communicators=groups, gathered_bytes=gathered, reduced_bytes=reduced)
+
+    def stage_memory(self, layouts: Layouts, i: int) -> StageMemory:
+        """Live bytes of the stages of layout i of some layouts."""
+        x = Shape(
+            pp=int(layouts.pp[i]), microbatches=int(layouts.microbatches[i]), zero=int(layouts.zero[i]), dp=int(layouts.dp[i]),
+            compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER,
+        )  # fmt: skip
+        k = int(np.searchsorted(self.batches, layouts.micro_batch[i]))
+        t, r = self.index[int(layouts.tp[i]), bool(layouts.sp[i])], int(layouts.recompute[i])
+        order = np.array([o.block for o in self.graph.sequence])
+        layer = self.repeated[order]
+        held, padded = self._numel[t][order], np.array([m.padded(x.shards) for m in self._memory[t]])[order]
+        tied = np.zeros(len(order))
+        if x.pp == 1:  # a tied parameter is one tensor
+            for block, names in self._twice.items():
+                memory, at = self._memory[t][block], order == block
+                tied[at] = sum(rows * row for name, (rows, row) in memory.shapes.items() if name in names)
+                held[at] -= sum(rows * row for name, (rows, row) in memory.shapes.items() if name in names)
+                padded[at] -= sum(np.ceil(rows / x.shards) * x.shards * row for name, (rows, row) in memory.shapes.items() if name in names)
+        of = {name: table[t, :, k][order] for name, table in self._bytes.items()}
+        adds = (not x.fsdp and x.microbatches > 1) or (x.fsdp and x.sums_whole and not x.mixed)
+        backward = of["backward_in_place" if adds else "backward"] + self._again[t, :, r, k][order]
+        kept = self._kept[t, :, r, k][order]
+        keeps = self._keeps_result[t][order]
+        if r and layer.any():  # layers keep what goes in instead of what comes out: neighbours may hold the same tensor, or need another
+            first, last = int(np.argmax(layer)), len(layer) - 1 - int(np.argmax(layer[::-1]))
+            twice = of["carry"][first] * (first > 0 and keeps[first - 1])
+            kept[first] -= twice
+            backward[first] -= twice
+            of["saved"][first] -= twice
+            for name in ("saved", "forward", "backward"):
+                of[name][last + 1 : last + 2] += of["carry"][last] * keeps[last]
+            kept[last + 1 : last + 2] += of["carry"][last] * keeps[last]
+            backward[last + 1 : last + 2] += of["carry"][last] * keeps[last]
+        samples = layouts.microbatches[i] * layouts.micro_batch[i]
+        inputs = [*self.graph.inputs, *([self.graph.labels] if self.graph.labels else [])]
+        return StageMemory(
+            Blocks(
+                layer=layer, kept=kept, forward=of["forward"], backward=backward, saved=of["saved"] + self._again[t, :, r, k][order],
+                carry=of["carry"], numel=held, padded=padded, buffers=self._buffers[order], side=float(of["side"][layer].max(initial=0.0)),
+                output=float(of["output"].sum()), inputs=float(sum(i.spec.amount.at(samples) for i in inputs)),
+                handed=float(of["carry"][layer].max(initial=0.0)), incoming=of["incoming"],
+                keeps_result=keeps & (r == 0), recomputes=bool(r), tied=tied,
+                last_numel=np.array([next((rows * row for rows, row in reversed(m.shapes.values())), 0.0) for m in self._memory[t]])[order],
+            ),
+            x,
         )  # fmt: skip
 
     def _crowding(self, layouts: Layouts) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from meshwright.planner.plan import Layout, WhyNot
 from meshwright.planner.search import Candidate, Search
-from meshwright.planner.stages import StageCost
 
 GIB = 2**30
 
@@ -43,12 +43,11 @@ def time_parts(search: Search, candidate: Candidate) -> dict[str, float]:
     return {k: v for k, v in parts.items() if v > 1e-9 * total}
 
 
-def memory_parts(search: Search, cost: StageCost) -> dict[str, float]:
-    """Bytes of one stage by category, with what the device reserves before the first tensor."""
-    parts = {
-        "parameters": cost.parameters, "gradients": cost.gradients, "optimizer": cost.optimizer, "activations": cost.activations,
-        "temporaries": cost.temporaries, "buffers": cost.buffers, "reserved": search.reserved,
-    }  # fmt: skip
+def memory_parts(search: Search, i: int, ends: Sequence[int], stage: int) -> dict[str, float]:
+    """Bytes of a stage at its peak by category, with what the device reserves before the first tensor."""
+    parts = search.memory_of(i, ends, stage)[2]
+    live = sum(parts.values())
+    parts = {**parts, "reserved": search.reserved_bytes(i, live)[0] - live}
     return {k: v for k, v in parts.items() if v > 0}
 
 
@@ -125,10 +124,10 @@ def answer(search: Search, best: Candidate, fix: str, rows: np.ndarray) -> WhyNo
 def does_not_fit(search: Search, i: int, live: float, ends: list[int]) -> str:
     """ "91.2 GiB at best (activations 38.0, optimizer 12.1), with tp=8 ..." for the least hungry of some layouts."""
     costs = search.stages(i).costs(ends)
-    fullest = max(costs, key=lambda x: x.live_bytes)
-    parts = sorted(memory_parts(search, fullest).items(), key=lambda x: -x[1])[:2]
+    fullest = max(range(len(costs)), key=lambda s: costs[s].live_bytes)
+    parts = sorted(memory_parts(search, i, ends, fullest).items(), key=lambda x: -x[1])[:2]
     largest = ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts)
-    _, p95 = search.reserved_bytes(live)
+    _, p95 = search.reserved_bytes(i, live)
     return f"needs {p95 / GIB:.1f} GiB at best ({largest}), with {search.layouts[i]}"
 
 

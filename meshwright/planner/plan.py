@@ -149,12 +149,15 @@ class Range(_Model):
 
 
 class Memory(_Model):
-    """Bytes of the fullest rank. `by_kind` adds up to `peak.p50`; `limit` is what the plan was allowed."""
+    """Bytes of the fullest rank, as its driver sees them. `by_kind` adds up to `peak.p50`, `reserved` in it being what the allocator, the
+    communicators and the context take beyond live tensors; `by_metric` has what torch calls allocated and reserved, and the device's
+    own figure; `limit` is what the plan was allowed."""
 
     capacity: Bytes
     limit: Bytes
     peak: Range
     by_kind: dict[str, float]
+    by_metric: dict[str, Range] = {}
     peak_stage: int
     peak_event: str
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.costmodel.memory import persistent_bytes
+from meshwright.costmodel.allocator import DeviceBytes
+from meshwright.costmodel.memory import MASTER, MOMENTS, REDUCED
 from meshwright.costmodel.step import Bound, Layouts, Priced
 from meshwright.planner.plan import Certificate, Layout
 from meshwright.planner.space import Space, to_arrays
@@ -44,10 +45,10 @@ class Search:
         self.arrays = to_arrays(self.layouts, space.workload)
         self.bound = Bound(space.graph, space.cluster, space.shardings, [x.micro_batch for x in self.layouts], space.costs)
         self.priced = self.bound.price(self.arrays)
-        device = space.cluster.device
         self.limit_bytes = limit_bytes
-        self.reserved, self.overhead = device.reserved_bytes, device.allocator_overhead
-        self.capacity = (limit_bytes - self.reserved) / (1 + self.overhead)  # of live bytes
+        self.reported = self.bound.reported(self.arrays)
+        tight = self.reported.device[1]
+        self.capacity = (limit_bytes - np.asarray(tight.fixed)) / tight.slope  # of live bytes, of each layout
         blocks = np.array([o.block for o in space.graph.sequence])
         repeated = np.flatnonzero(self.bound.repeated[blocks])
         self._layers = blocks[repeated]
@@ -80,12 +81,14 @@ class Search:
 
     def _memory_bounds(self, p: Priced, a: Layouts) -> np.ndarray:
         """A lower bound on the live bytes of the fullest rank over every cut: what the average stage holds."""
-        numel = self._sums(p.numel)
-        least = persistent_bytes(
-            numel / a.pp, np.zeros(len(a)), np.zeros(len(a)), zero=a.zero, dp=a.dp, compute_bytes=self.bound.compute_bytes,
-            accumulates=a.microbatches > 1,
-        )  # fmt: skip
-        return np.asarray(least.total + self._sums(p.kept) / a.pp)
+        numel = self._sums(p.numel) - self.bound.tied_numel(a)
+        shards = np.where(a.zero > 0, a.dp, 1)
+        held = (MASTER + MOMENTS) * numel / shards / a.pp
+        fsdp = (a.dp > 1) | (self.bound.compute_bytes < MASTER)
+        gathered = np.where(fsdp & (a.zero < 3), self.bound.compute_bytes * numel / a.pp, 0.0)
+        many = a.microbatches > 1
+        gradients = np.where(many, REDUCED * numel / np.where(a.zero < 2, 1, shards) / a.pp, 0.0)
+        return np.asarray(held + gathered + gradients + self._sums(p.kept) / a.pp)
 
     # -- exact
 
@@ -93,21 +96,20 @@ class Search:
         """The stage problem of layout i."""
         p, a, layers = self.priced, self.arrays, self._layers
         c, e = p.per_microbatch[i], p.once[i]
-
-        def outside(blocks: np.ndarray) -> tuple[float, float, float, float, float]:
-            extra = max((p.working[i, b] - p.kept[i, b] for b in blocks), default=0.0)
-            kept = float(p.kept[i, blocks].sum()) if len(blocks) else 0.0
-            return (float(c[blocks].sum()), float(e[blocks].sum()), kept, kept + float(extra), float(p.numel[i, blocks].sum()))
-
         before = np.concatenate([self._before, np.array(self._between, int)]).astype(int)
         return Stages(
             StageProblem(
-                c=c[layers], e=e[layers], kept=p.kept[i, layers], working=p.working[i, layers], numel=p.numel[i, layers],
-                before=outside(before), after=outside(self._after), pp=int(a.pp[i]), microbatches=int(a.microbatches[i]),
-                send_s=float(p.send[i]), carry_bytes=float(p.carry[i]), zero=int(a.zero[i]), dp=int(a.dp[i]),
-                compute_bytes=self.bound.compute_bytes,
+                c=c[layers], e=e[layers], before=(float(c[before].sum()), float(e[before].sum())),
+                after=(float(c[self._after].sum()), float(e[self._after].sum())), pp=int(a.pp[i]), microbatches=int(a.microbatches[i]),
+                send_s=float(p.send[i]), memory=self.bound.stage_memory(a, i),
             )
         )  # fmt: skip
+
+    def memory_of(self, i: int, ends: Sequence[int], stage: int) -> tuple[str, bool, dict[str, float]]:
+        """The moment at which a stage of a cut of layout i peaks, whether that is in a layer, and its bytes by category."""
+        memory = self.bound.stage_memory(self.arrays, i)
+        name, at, parts = memory.peak(ends[stage - 1] if stage else 0, ends[stage], stage)
+        return name, bool(memory.b.layer[at]), parts
 
     def stage_blocks(self, ends: list[int], stage: int) -> np.ndarray:
         """Block index of everything that a stage of a cut holds, in order."""
@@ -123,7 +125,7 @@ class Search:
         """Layout i with its cheapest cut that fits, or None."""
         if i not in self._exact:
             stages = self.stages(i)
-            found = stages.best(self.capacity)
+            found = stages.best(float(self.capacity[i]))
             self._exact[i] = None
             if found is not None:
                 step, ends = found
@@ -135,7 +137,7 @@ class Search:
         """The `top` cheapest layouts that fit (of the rows `among`), proved: ties go to the smaller index."""
         started = time.perf_counter()
         rows = np.arange(len(self.layouts)) if among is None else np.asarray(among)
-        small = self.memory_bounds[rows] <= self.capacity
+        small = self.memory_bounds[rows] <= self.capacity[rows]
         pruned_by_memory = int((~small).sum())
         order = rows[small][np.argsort(self.step_bounds[rows[small]], kind="stable")]
         best: list[Candidate] = []
@@ -181,12 +183,12 @@ class Search:
         exact = np.array([i in self._exact and self._exact[i] is None for i in range(len(self.layouts))])
         return np.flatnonzero((self.memory_bounds > self.capacity) | exact)
 
-    def loss_is_peak(self, i: int) -> bool:
-        """Whether the last stage's memory peaks in the blocks after the layers (the loss) rather than in a layer."""
-        extra = self.priced.working[i] - self.priced.kept[i]
-        after = max((extra[b] for b in self._after), default=0.0)
-        return bool(after >= max((extra[b] for b in self._layers), default=0.0))
+    def device_bytes(self, i: int, live: float) -> DeviceBytes:
+        """What the device of a rank of layout i reports for `live` bytes, by metric."""
+        lines = [[float(line.slope * live + np.broadcast_to(line.fixed, len(self.layouts))[i]) for line in pair] for pair in self.reported]
+        return DeviceBytes(*((low, high) for low, high in lines))
 
-    def reserved_bytes(self, live: float) -> tuple[float, float]:
-        """p50 and p95 of what a rank reserves for `live` bytes."""
-        return live + self.reserved, live * (1 + self.overhead) + self.reserved
+    def reserved_bytes(self, i: int, live: float) -> tuple[float, float]:
+        """p50 and p95 of what a rank of layout i takes of its device for `live` bytes."""
+        low, high = self.device_bytes(i, live).device
+        return float(low), float(high)

@@ -136,6 +136,18 @@ def plan(
     return _assemble(search, outcome, limit_bytes)
 
 
+def plan_of(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, costs: CostModel | None = None) -> tuple[Search, Plan]:
+    """The plan of one layout, whether it is the best or not, with the search that priced it. InputError if it is not in the space or
+    does not fit the devices."""
+    fixed = {k: getattr(layout, k) for k in ("tp", "sp", "pp", "dp", "zero", "micro_batch", "recompute")}
+    limit_bytes = cluster.device.memory_bytes
+    search = Search(Space(graph, cluster, workload, fixed, costs), limit_bytes)
+    outcome = search.run(1)
+    if not outcome.best:
+        raise InputError(f"{graph.name} with {layout} does not fit {cluster.name}")
+    return search, _assemble(search, outcome, limit_bytes)
+
+
 def cost_model(costs: str | CostModel | None, cluster: Cluster) -> CostModel | None:
     """The cost model of a cluster's device: the given one, or the shipped one of a built-in device."""
     if costs is None or isinstance(costs, CostModel):
@@ -157,7 +169,7 @@ def _assemble(search: Search, outcome: Outcome, limit_bytes: float) -> Plan:
     solution = Solution(
         layout=x,
         stages=tuple(
-            Stage(layers=(a, b), peak_bytes=search.reserved_bytes(c.live_bytes)[0], microbatch_s=c.c)
+            Stage(layers=(a, b), peak_bytes=search.reserved_bytes(best.index, c.live_bytes)[0], microbatch_s=c.c)
             for a, b, c in zip(starts, best.ends, costs, strict=True)
         ),
         mesh={"pp": x.pp, "replicate": x.replicate, "shard": x.shard, "tp": x.tp},
@@ -189,10 +201,11 @@ def _prediction(search: Search, best: Candidate, limit_bytes: float) -> Predicti
     space, i = search.space, best.index
     costs = search.stages(i).costs(list(best.ends))
     fullest = max(range(len(costs)), key=lambda s: costs[s].live_bytes)
-    p50, p95 = search.reserved_bytes(costs[fullest].live_bytes)
+    found = search.device_bytes(i, costs[fullest].live_bytes)
+    p50, p95 = map(float, found.device)
     step, w = best.step_s, space.workload
-    head = fullest == len(costs) - 1 and search.loss_is_peak(i)
-    event = "backward of the loss" if head else "backward of a layer"
+    name, in_layer, _ = search.memory_of(i, best.ends, fullest)
+    event = f"{name} of a layer" if in_layer else f"{name} of the loss" if fullest == len(costs) - 1 else f"{name} of the embedding"
     return Prediction(
         step_s=Range(p05=step / SPREAD, p50=step, p95=step * SPREAD),
         simulated_step_s=_simulated(search, best),
@@ -201,7 +214,11 @@ def _prediction(search: Search, best: Candidate, limit_bytes: float) -> Predicti
         time_s=time_parts(search, best),
         memory_bytes=Memory(
             capacity=space.cluster.device.memory_bytes, limit=limit_bytes, peak=Range(p05=p50, p50=p50, p95=p95),
-            by_kind=memory_parts(search, costs[fullest]), peak_stage=fullest, peak_event=event,
+            by_kind=memory_parts(search, i, best.ends, fullest), peak_stage=fullest, peak_event=event,
+            by_metric={
+                name: Range(p05=float(low), p50=float(low), p95=float(high))
+                for name, (low, high) in (("allocated", found.allocated), ("reserved", found.reserved), ("device", found.device))
+            },
         ),
         provenance=_provenance(search),
     )  # fmt: skip
@@ -246,7 +263,7 @@ def _simulated(search: Search, c: Candidate) -> float:
 
 def _alternative(search: Search, c: Candidate, best_s: float) -> Alternative:
     return Alternative(
-        layout=c.layout, step_s=c.step_s, peak_bytes=search.reserved_bytes(c.live_bytes)[0], slower=c.step_s / best_s - 1,
+        layout=c.layout, step_s=c.step_s, peak_bytes=search.reserved_bytes(c.index, c.live_bytes)[0], slower=c.step_s / best_s - 1,
         bottleneck=bottleneck(time_parts(search, c)),
     )  # fmt: skip
 
@@ -306,7 +323,7 @@ def _infeasible(search: Search, outcome: Outcome, limit_bytes: float) -> Infeasi
     nearest = [n for n in (_more_nodes(search, limit_bytes), _more_memory(search, i, live, ends)) if n is not None]
     return Infeasible(
         schema="meshwright.infeasible/1", model=space.graph.name, cluster=space.cluster.name, workload=space.workload,
-        needs_bytes=search.reserved_bytes(live)[1], limit_bytes=limit_bytes, least=does_not_fit(search, i, live, ends),
+        needs_bytes=search.reserved_bytes(i, live)[1], limit_bytes=limit_bytes, least=does_not_fit(search, i, live, ends),
         nearest=tuple(nearest), rejected=_rejected(search, outcome), solver=outcome.certificate, coverage=space.graph.coverage(),
     )  # fmt: skip
 
@@ -347,13 +364,13 @@ def _more_nodes(search: Search, limit_bytes: float, most: int = 4096) -> Nearest
     name = node.spec.name
     return Nearest(
         change=f"{high} nodes of {node.devices} {name} ({high * node.devices} devices)", layout=best.layout,
-        peak_bytes=found.reserved_bytes(best.live_bytes)[1], step_s=best.step_s,
+        peak_bytes=found.reserved_bytes(best.index, best.live_bytes)[1], step_s=best.step_s,
     )  # fmt: skip
 
 
 def _more_memory(search: Search, i: int, live: float, ends: list[int]) -> Nearest:
     """The same devices with enough memory for the least hungry layout."""
-    _, p95 = search.reserved_bytes(live)
+    _, p95 = search.reserved_bytes(i, live)
     share = search.limit_bytes / search.space.cluster.device.memory_bytes
     return Nearest(
         change=f"devices of {p95 / share / GIB:.0f} GiB instead of {search.space.cluster.device.memory_bytes / GIB:.0f} GiB",

@@ -12,32 +12,25 @@ from functools import cached_property
 
 import numpy as np
 
-from meshwright.costmodel.memory import persistent_bytes
-from meshwright.costmodel.pipeline import in_flight
+from meshwright.costmodel.stagememory import StageMemory
 
 
 @dataclass(frozen=True)
 class StageProblem:
     """One layout's layers as arrays, with what stands before the first layer and after the last.
 
-    `c`, `e`, `kept`, `working`, `numel` are per layer; `before` and `after` hold the same five of the stem and the head.
-    `send_s` and `carry_bytes` are of one transfer between stages.
+    `c` and `e` are per layer; `before` and `after` hold both of the stem and the head. `send_s` is one transfer between stages.
+    `memory` says what any interval of layers holds as any stage.
     """
 
     c: np.ndarray
     e: np.ndarray
-    kept: np.ndarray
-    working: np.ndarray
-    numel: np.ndarray
-    before: tuple[float, float, float, float, float]
-    after: tuple[float, float, float, float, float]
+    before: tuple[float, float]
+    after: tuple[float, float]
     pp: int
     microbatches: int
     send_s: float
-    carry_bytes: float
-    zero: int
-    dp: int
-    compute_bytes: float
+    memory: StageMemory
 
     @property
     def layers(self) -> int:
@@ -46,20 +39,11 @@ class StageProblem:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: seconds of a microbatch (transfers included), seconds once a step, live bytes by category."""
+    """One stage: seconds of a microbatch (transfers included), seconds once a step, live bytes at its peak."""
 
     c: float
     e: float
-    parameters: float
-    gradients: float
-    optimizer: float
-    buffers: float
-    activations: float
-    temporaries: float
-
-    @property
-    def live_bytes(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.buffers + self.activations + self.temporaries
+    live_bytes: float
 
 
 class Stages:
@@ -67,10 +51,8 @@ class Stages:
 
     def __init__(self, problem: StageProblem) -> None:
         self.p = problem
-        self._sum = {k: np.concatenate([[0.0], np.cumsum(getattr(problem, k))]) for k in ("c", "e", "kept", "numel")}
+        self._sum = {k: np.concatenate([[0.0], np.cumsum(getattr(problem, k))]) for k in ("c", "e")}
         self._prefix = {k: v.tolist() for k, v in self._sum.items()}
-        self._extra = (problem.working - problem.kept).tolist()
-        self._numel = problem.numel.tolist()
 
     def cost(self, first: int, last: int, stage: int) -> StageCost:
         """Layers [first, last) as `stage`."""
@@ -78,15 +60,7 @@ class Stages:
         ends = [p.before] * (stage == 0) + [p.after] * (stage == p.pp - 1)
         c = self._between("c", first, last) + sum(x[0] for x in ends) + p.send_s * ((stage > 0) + (stage < p.pp - 1))
         e = self._between("e", first, last) + sum(x[1] for x in ends)
-        kept = self._between("kept", first, last) + sum(x[2] for x in ends)
-        extra = max([0.0, *self._extra[first:last], *(x[3] - x[2] for x in ends)])
-        root = sum(x[4] for x in ends)
-        numel = self._between("numel", first, last) + root
-        layer = max(self._numel[first:last], default=root)
-        held = persistent_bytes(numel, layer, root, zero=p.zero, dp=p.dp, compute_bytes=p.compute_bytes, accumulates=p.microbatches > 1)
-        flying = in_flight(p.pp, stage, p.microbatches)
-        held_carries = p.carry_bytes * ((stage > 0) + (stage < p.pp - 1))  # what came in and went out waits for backward
-        return StageCost(c, e, *held, activations=flying * (kept + held_carries), temporaries=extra)
+        return StageCost(c, e, float(p.memory.live(first, last, stage)))
 
     def _between(self, key: str, first: int, last: int) -> float:
         return self._prefix[key][last] - self._prefix[key][first]
@@ -97,34 +71,23 @@ class Stages:
         p, n = self.p, self.p.layers
         none = np.tri(n + 1, dtype=bool)  # last <= first: no layers
         between = {k: v[None, :] - v[:, None] for k, v in self._sum.items()}
-        extra, layer = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1))
-        for first in range(n):
-            extra[first, first + 1 :] = np.maximum.accumulate(p.working[first:] - p.kept[first:])
-            layer[first, first + 1 :] = np.maximum.accumulate(p.numel[first:])
-        kinds: dict[tuple[bool, bool], tuple[np.ndarray, ...]] = {}  # first or not, last or not: the stages between are alike
-
-        def of_kind(first: bool, last: bool) -> tuple[np.ndarray, ...]:
-            ends = [p.before] * first + [p.after] * last
-            transfers = (not first) + (not last)
-            c = np.where(none, np.inf, between["c"] + sum(x[0] for x in ends) + p.send_s * transfers)
-            e = np.where(none, np.inf, between["e"] + sum(x[1] for x in ends))
-            root = sum(x[4] for x in ends)
-            held = persistent_bytes(
-                between["numel"] + root, layer, root, zero=p.zero, dp=p.dp, compute_bytes=p.compute_bytes, accumulates=p.microbatches > 1
-            )
-            kept = between["kept"] + sum(x[2] for x in ends) + p.carry_bytes * transfers
-            spikes = np.maximum(extra, max([0.0, *(x[3] - x[2] for x in ends)]))
-            return c, e, sum(held) + spikes, kept
-
+        first, last = np.nonzero(~none)
+        seconds: dict[tuple[bool, bool], tuple[np.ndarray, np.ndarray]] = {}  # the stages between are alike
         c, e, live = [], [], []
         for stage in range(p.pp):
             kind = (stage == 0, stage == p.pp - 1)
-            if kind not in kinds:
-                kinds[kind] = of_kind(*kind)
-            stage_c, stage_e, held, kept = kinds[kind]
-            c.append(stage_c)
-            e.append(stage_e)
-            live.append(np.where(none, np.inf, held + in_flight(p.pp, stage, p.microbatches) * kept))
+            if kind not in seconds:
+                ends = [p.before] * kind[0] + [p.after] * kind[1]
+                transfers = (not kind[0]) + (not kind[1])
+                seconds[kind] = (
+                    np.where(none, np.inf, between["c"] + sum(x[0] for x in ends) + p.send_s * transfers),
+                    np.where(none, np.inf, between["e"] + sum(x[1] for x in ends)),
+                )
+            held = np.full((n + 1, n + 1), np.inf)
+            held[first, last] = p.memory.live(first, last, stage)
+            c.append(seconds[kind][0])
+            e.append(seconds[kind][1])
+            live.append(held)
         return c, e, live
 
     def _least_largest(self, cost: list[np.ndarray]) -> tuple[float, list[int]]:

@@ -322,7 +322,11 @@ def _storages(joint: Joint, mine: set[str]) -> list[Storage]:
         if dies is None:  # last used by another block, which runs after this one's forward and before its backward
             dies = len(clock) - 1 if a.born_backward else forward - 1
         saved = not a.born_backward and a.dies_backward
-        out.append(Storage(op=a.op, amount=a.amount, born=local[a.born], dies=max(dies, local[a.born]), saved=saved, backward=a.born_backward))
+        out.append(
+            Storage(
+                op=a.op, amount=a.amount, born=local[a.born], dies=max(dies, local[a.born]), saved=saved, backward=a.born_backward, gradient=a.result
+            )
+        )  # fmt: skip
     return out
 
 

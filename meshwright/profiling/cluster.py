@@ -49,15 +49,18 @@ class Link(_Model):
 
 
 class Device(_Model):
-    """One accelerator. `peak_flops` are dense rates by precision; `reserved_bytes` is what the driver, the CUDA context and
-    communicators take before the first tensor. `cores` are those of a CPU, which all ranks on it share."""
+    """One accelerator. `peak_flops` are dense rates by precision. `reserved_bytes` is what the driver, the CUDA context and
+    communicators take before the first tensor, `allocator_overhead` what the allocator holds beyond live tensors (a share of them, of
+    which p95 takes all and the median nothing), where they were measured: without either, costmodel/allocator.py says. `cores` are those
+    of a CPU, which all ranks on it share."""
 
     name: str
     aliases: tuple[str, ...] = ()
     kind: Literal["cuda", "cpu"] = "cuda"
     memory_bytes: Positive
-    reserved_bytes: Annotated[float, Field(ge=0)] = 0
-    allocator_overhead: Annotated[float, Field(ge=0)] = 0
+    compute_capability: Annotated[float, Field(gt=0)] | None = None
+    reserved_bytes: Annotated[float, Field(ge=0)] | None = None
+    allocator_overhead: Annotated[float, Field(ge=0)] | None = None
     memory_bandwidth_Bps: Positive
     peak_flops: dict[Literal["bf16", "fp32"], Positive]
     achieved: Achieved = Achieved()

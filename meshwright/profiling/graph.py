@@ -98,6 +98,7 @@ class Storage(Frozen):
     dies: int
     saved: bool  # made in forward and needed by backward: an activation
     backward: bool = False  # made in backward
+    gradient: bool = False  # of a parameter: it outlives the block
 
 
 class Op(Frozen):

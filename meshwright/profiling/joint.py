@@ -37,7 +37,7 @@ class Kernel:
 
 @dataclass
 class Allocation:
-    """One storage of the joint graph: kernels index when it appears and is last used."""
+    """One storage of the joint graph: kernels index when it appears and is last used. `result`: the graph returns it (a gradient)."""
 
     op: str
     amount: Amount
@@ -45,6 +45,7 @@ class Allocation:
     dies: int
     born_backward: bool
     dies_backward: bool
+    result: bool = False
 
 
 @dataclass
@@ -228,7 +229,8 @@ def _attribute(graph: Graph, exported: Any, renamed: dict[str, str], batch: Batc
     for node in order:
         backward = node.meta.get("partitioner_tag") == "is_backward"
         if backward:
-            last = by_seq.get(node.meta.get("seq_nr", -1), last)
+            # the sum of two gradients carries no number of its own: it follows the op that made the second
+            last = last if node.meta.get("is_gradient_acc") else by_seq.get(node.meta.get("seq_nr", -1), last)
         else:
             source = node.meta.get("from_node") or []
             name = renamed.get(source[0].name, source[0].name) if source else last
@@ -239,8 +241,12 @@ def _attribute(graph: Graph, exported: Any, renamed: dict[str, str], batch: Batc
     joint = Joint(exported)
     roots: dict[Node, set[int]] = {}  # node -> the allocations that its value lives in
     time = 0
+    nodes_of: list[int] = []
+    number, running = 0, None
     for node in order:
         backward = node.meta.get("partitioner_tag") == "is_backward"
+        this = (backward, node.meta.get("seq_nr"), node.meta.get("is_gradient_acc", False))
+        number, running = (number, running) if this == running and backward and not this[2] else (number + 1, this)
         for used in _allocations_of(node.all_input_nodes, roots):
             joint.allocations[used].dies, joint.allocations[used].dies_backward = time, backward
         if is_view(node):
@@ -254,12 +260,32 @@ def _attribute(graph: Graph, exported: Any, renamed: dict[str, str], batch: Batc
         if not outs:
             continue
         roots[node] = set()
+        if node.meta.get("is_gradient_acc"):  # autograd adds into the first one's storage
+            roots[node] = _allocations_of(node.all_input_nodes[:1], roots)
+            outs = []
         for t in outs:
             roots[node].add(len(joint.allocations))
             joint.allocations.append(Allocation(owner[node], batch.amount(_nbytes(t)), time, time, backward, backward))
         joint.kernels.append(Kernel(owner[node], backward, batch.amount(kernel_flops(node)), _byte_amount(node, batch)))
+        nodes_of.append(number)
         time += 1
+    for node in graph.output_node().all_input_nodes:
+        for used in roots.get(node, ()):
+            joint.allocations[used].result = joint.allocations[used].born_backward
+    _hold_through_nodes(joint, nodes_of)
     return joint
+
+
+def _hold_through_nodes(joint: Joint, nodes_of: list[int]) -> None:
+    """Autograd frees what a backward node reads, its gradient and what was saved, when the whole node is done.
+
+    `nodes_of[t]` numbers the autograd node that kernel t belongs to.
+    """
+    last = {n: t for t, n in enumerate(nodes_of)}
+    for a in joint.allocations:
+        a.dies = min(a.dies, len(nodes_of) - 1)  # a view after the last kernel
+        if a.dies_backward and nodes_of[a.born] != nodes_of[a.dies]:
+            a.dies = last[nodes_of[a.dies]]
 
 
 def _byte_amount(node: Node, batch: Batch) -> Amount:

@@ -1,0 +1,92 @@
+"""How long a dry run takes, what it needs, and what extrapolation costs: Llama 3.1 70B on 512 ranks, layout by layout.
+
+    python benchmarks/dryrun.py [--no-whole]
+
+Every row runs in a process of its own, so that its memory is its own. `whole` runs every layer and microbatch of the stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from meshwright.codegen.dryrun import dry_run
+from meshwright.planner.plan import Plan
+from meshwright.planner.solve import plan
+from meshwright.planner.space import parse_fix
+from meshwright.profiling.trace import trace
+
+MODEL = str(Path(__file__).parent.parent / "examples/models/llama-3.1-70b.json")
+CLUSTER, BATCH, SEQ = "64x8xH100-SXM", 512, 8192
+GIB = 2**30
+# what is fixed, and the stages whose first rank is run, of how many; -1 is the last rank
+ROWS = [
+    ("tp=8,sp=on,pp=4,zero=1,micro_batch=1", (0, 256, -1)),
+    ("tp=8,sp=on,pp=1,zero=3,micro_batch=1,recompute=full", (0,)),
+    ("tp=1,pp=1,zero=3,micro_batch=1,recompute=full", (0, -1)),
+    ("tp=8,sp=on,pp=8,zero=2,micro_batch=1,recompute=selective", (0, 256, -1)),
+    ("tp=4,sp=on,pp=16,zero=1,micro_batch=1,recompute=selective", (0, -1)),
+]
+
+
+def one(path: str, rank: int, whole: bool) -> None:
+    started = time.perf_counter()
+    found = dry_run(Plan.load(path), rank, whole=whole)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    sent = sum(c.nbytes * c.count for c in found.collectives)
+    result = {"peak": found.peak_bytes, "seconds": time.perf_counter() - started, "rss": rss, "sent": sent, "stage": found.stage}
+    print(json.dumps({**result, "run": f"{found.layers_run}x{found.microbatches_run}"}))
+
+
+def apart(path: str, rank: int, whole: bool) -> dict[str, float]:
+    arguments = [sys.executable, __file__, "--one", path, "--rank", str(rank), *(["--whole"] if whole else [])]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--no-whole", action="store_true", help="leave out the runs of every layer and microbatch")
+    arguments.add_argument("--one", help=argparse.SUPPRESS)
+    arguments.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    arguments.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.one:
+        one(given.one, given.rank, given.whole)
+        return
+    print(f"{datetime.date.today()}, torch {torch.__version__}, python benchmarks/dryrun.py")
+    print(f"Llama 3.1 70B on {CLUSTER}, batch {BATCH}, sequence {SEQ}, bf16; layers x microbatches; GiB; sent: all collectives of a step")
+    print(f"{'layout':<61}{'rank':>5}{'stage':>6} | {'run':>5}{'peak':>8}{'s':>6}{'RSS':>6} | {'whole':>6}{'peak':>8}{'s':>6}{'RSS':>6} | {'peak':>7}{'sent':>7}")
+    graph = trace(MODEL, seq=SEQ, precision="bf16")
+    with tempfile.TemporaryDirectory() as folder:
+        for fix, ranks in ROWS:
+            made = plan(graph, CLUSTER, global_batch=BATCH, seq=SEQ, fix=parse_fix(fix))
+            if not isinstance(made, Plan):
+                print(f"{fix:<61} does not fit")
+                continue
+            path = str(Path(folder) / "plan.json")
+            Path(path).write_text(made.to_json())
+            for rank in ranks:
+                rank = rank % made.layout.devices
+                a = apart(path, rank, False)
+                row = f"{fix:<61}{rank:>5}{a['stage']:>6} | {a['run']:>5}{a['peak'] / GIB:8.3f}{a['seconds']:6.1f}{a['rss']:6.2f} |"
+                if not given.no_whole:
+                    b = apart(path, rank, True)
+                    row += f" {b['run']:>6}{b['peak'] / GIB:8.3f}{b['seconds']:6.1f}{b['rss']:6.2f} |"
+                    row += f"{a['peak'] / b['peak'] - 1:+8.3%}{a['sent'] / b['sent'] - 1:+7.1%}"
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

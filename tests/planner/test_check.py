@@ -1,0 +1,278 @@
+"""Checks: what is evaluated, what would fit, what changed, and that one broken check does not hide the others."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.planner import checkrun
+from meshwright.planner.check import CheckReport, CheckResult, Versions, against, what_changed
+from meshwright.planner.checkconfig import CheckConfig, CheckSpec
+from meshwright.planner.checkrun import run_checks
+from meshwright.planner.plan import Plan
+from meshwright.planner.solve import plan as solve
+from meshwright.profiling.errors import InputError
+
+GIB = 2**30
+FIXED = {"tp": 1, "pp": 1, "dp": 8, "zero": 0, "micro_batch": 64, "recompute": "none"}
+
+
+@pytest.fixture
+def run(tiny_llama_config: Path, tiny_llama, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Evaluates one check of the tiny Llama, which is traced once for all tests."""
+    monkeypatch.setattr(checkrun, "trace", lambda source, **_: tiny_llama)
+
+    def one(base: CheckReport | None = None, **keys: Any) -> CheckResult:
+        told = {"name": "a", "model": str(tiny_llama_config), "cluster": "8xH100-SXM", "seq": 32, "batch": 512, "precision": "fp32"}
+        spec = CheckSpec.model_validate(told | keys)
+        config = CheckConfig(path=tiny_llama_config.parent / "pyproject.toml", file="pyproject.toml", checks=(spec,))
+        return run_checks(config, base, "base.json").results[0]
+
+    return one
+
+
+def just_below(result: CheckResult, bytes_: float = 2**20) -> str:
+    """A limit that is a little less than what a check needs."""
+    assert result.figures is not None
+    return f"{int(result.figures.peak.p95 - bytes_)}B"
+
+
+def test_auto_is_what_plan_answers(run, tiny_llama) -> None:  # type: ignore[no-untyped-def]
+    """`plan = "auto"` has the layout, the memory and the step of `meshwright plan`."""
+    found = run()
+    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32")
+
+    assert isinstance(plan, Plan)
+    assert found.status == "fits"
+    assert found.figures.layout == plan.layout
+    assert found.figures.peak == plan.prediction.memory_bytes.peak
+    assert found.figures.by_kind == plan.prediction.memory_bytes.by_kind
+    assert found.figures.step_s == plan.prediction.step_s.p50
+
+
+def test_parts_of_a_layout_are_held(run) -> None:  # type: ignore[no-untyped-def]
+    """A table holds what it names, and a whole layout is that layout."""
+    assert run(plan={"zero": 3, "recompute": "full"}).figures.layout.zero == 3
+    x = run(plan=FIXED).figures.layout
+    assert {k: getattr(x, k) for k in FIXED} == FIXED
+
+
+def test_a_failure_tells_its_peak_and_what_would_fit(run) -> None:  # type: ignore[no-untyped-def]
+    """It does not fit by a known amount; each setting that is offered was solved, fits, and differs as it says."""
+    fits = run(plan=FIXED)
+    found = run(plan=FIXED, limit=just_below(fits))
+    f = found.figures
+
+    assert found.status == "does_not_fit"
+    assert f.peak == fits.figures.peak
+    assert f.over_bytes == pytest.approx(2**20, abs=1)
+    assert sum(f.by_kind.values()) == pytest.approx(f.peak.p50)
+    assert f.peak_event
+    assert {"recompute", "micro_batch"} <= {s.change.partition("=")[0] for s in found.nearest}
+    for s in found.nearest:
+        assert s.peak_bytes <= f.limit_bytes
+        again = run(plan={k: getattr(s.layout, k) for k in (*FIXED, "sp")}, limit=just_below(fits), cluster=f"{s.devices}xH100-SXM")
+        if s.devices == 8:
+            assert again.status == "fits"
+            assert again.figures.peak.p95 == pytest.approx(s.peak_bytes)
+            assert again.figures.step_s / f.step_s - 1 == pytest.approx(s.slower)
+
+
+def test_one_thing_changed_is_one_thing(run) -> None:  # type: ignore[no-untyped-def]
+    """A setting named recompute, micro_batch or zero changes nothing else of the layout."""
+    found = run(plan=FIXED, limit=just_below(run(plan=FIXED)))
+    changed = {}
+    for s in found.nearest:
+        key = s.change.partition("=")[0]
+        if key in ("recompute", "micro_batch", "zero"):
+            changed[key] = {k for k in FIXED if getattr(s.layout, k) != getattr(found.figures.layout, k)}
+
+    assert changed
+    assert all(names == {key} for key, names in changed.items())
+
+
+def test_the_offer_is_the_cheapest_of_its_kind(run) -> None:  # type: ignore[no-untyped-def]
+    """Brute force: of every value of the changed part that fits, the one offered has the shortest step."""
+    limit = just_below(run(plan=FIXED))
+    offered = {s.change.partition("=")[0]: s for s in run(plan=FIXED, limit=limit).nearest}
+    for key, values in (("recompute", ("selective", "full")), ("micro_batch", (1, 2, 4, 8, 16, 32)), ("zero", (1, 2, 3))):
+        tried = [run(plan=FIXED | {key: v}, limit=limit) for v in values]
+        fitting = [t.figures.step_s for t in tried if t.status == "fits"]
+        if key in offered:
+            assert offered[key].step_s == pytest.approx(min(fitting))
+
+
+def test_nothing_fits_on_these_devices(run) -> None:  # type: ignore[no-untyped-def]
+    """With `plan = "auto"` no layout is left to offer: more nodes, or more memory."""
+    smallest = min(run(plan={"tp": t, "zero": 3, "recompute": r}).figures.peak.p95 for t, r in itertools.product((1, 2, 4), ("none", "full")))
+    found = run(limit=f"{int(min(smallest, 1.5e9 + 2e5))}B")
+
+    assert found.status == "does_not_fit"
+    assert all("devices" in s.change for s in found.nearest)
+
+
+def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Cluster, batch, sequence and layout come from the plan; a plan of another model is a warning."""
+    plan = solve(tiny_llama, "4xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"recompute": "full", "tp": 2})
+    assert isinstance(plan, Plan)
+    plan.save(tmp_path / "plan.json")
+    found = run(plan=str(tmp_path / "plan.json"), cluster=None, batch=None, seq=None, precision=None)
+
+    assert found.status == "fits"
+    assert found.figures.layout == plan.layout
+    assert found.figures.inputs.batch == 8
+    assert not found.warnings
+    older = json.loads(plan.to_json())
+    older["model"]["hash"], older["created_by"]["torch"] = "0" * 12, "1.0"
+    (tmp_path / "plan.json").write_text(json.dumps(older))
+    found = run(plan=str(tmp_path / "plan.json"), cluster=None, batch=None, seq=None, precision=None)
+
+    assert [w.rule for w in found.warnings] == ["MEM004", "MEM004"]
+    assert "another model" in found.warnings[0].text
+
+
+def test_an_op_without_a_model_is_named(run, tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """It is counted in the coverage, and a warning names it; the check itself stands."""
+    block = tiny_llama.blocks[1]
+    odd = block.ops[5].model_copy(update={"kind": "unknown", "target": "mylib::foo"})
+    changed = block.model_copy(update={"ops": (*block.ops[:5], odd, *block.ops[6:])})
+    graph = tiny_llama.model_copy(update={"blocks": (tiny_llama.blocks[0], changed, *tiny_llama.blocks[2:])})
+    monkeypatch.setattr(checkrun, "trace", lambda source, **_: graph)
+    found = run()
+
+    assert found.status == "fits"
+    assert [w.rule for w in found.warnings] == ["MEM003"]
+    assert "mylib::foo x4" in found.warnings[0].text
+    assert "4 not modelled: mylib::foo x4" in str(found.coverage)
+
+
+def test_infer_takes_the_smallest_tp_that_fits(run) -> None:  # type: ignore[no-untyped-def]
+    """auto: tp = 1 if that fits, else the next degree; the rest of the devices are replicas that share the batch."""
+    roomy = run(mode="infer", batch=64)
+    tight = run(mode="infer", batch=64, limit=just_below(roomy, 1000))
+
+    assert roomy.status == tight.status == "fits"
+    assert (roomy.figures.layout.tp, roomy.figures.layout.dp, roomy.figures.layout.micro_batch) == (1, 8, 8)
+    assert tight.figures.layout.tp == 2
+    assert roomy.figures.step_s is None
+
+
+def test_infer_that_does_not_fit(run) -> None:  # type: ignore[no-untyped-def]
+    """A held degree that does not fit is answered with one that does."""
+    found = run(mode="infer", batch=64, plan={"tp": 1}, limit=just_below(run(mode="infer", batch=64), 1000))
+
+    assert found.status == "does_not_fit"
+    assert [s.change for s in found.nearest][0] == "tp=2"
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        ({"cluster": "8xH900"}, "H900"),
+        ({"plan": {"tp": 8}}, "4 key-value heads are not divisible by 8"),
+        ({"plan": {"tp": 3}}, "tp=3"),
+        ({"plan": "gone.json"}, "gone.json does not exist"),
+        ({"limit": "100TiB"}, "at most the device's"),
+        ({"costs": "gone.costs"}, "gone.costs"),
+        ({"mode": "infer", "plan": {"tp": 3}}, "tp=3"),
+        ({"mode": "infer", "plan": {"tp": 8}}, "not divisible by 8"),
+        ({"mode": "infer", "plan": {"pp": 8}}, "4 layers"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_an_error(run, keys: dict[str, Any], word: str) -> None:  # type: ignore[no-untyped-def]
+    """status error, with one sentence that says why."""
+    found = run(**keys)
+
+    assert found.status == "error"
+    assert word in found.error
+    assert "\n" not in found.error
+
+
+def test_a_model_that_breaks_does_not_hide_the_others(tmp_path: Path, tiny_llama_config: Path) -> None:
+    """Whatever the model's own code does (even exit) is its error; the next check is evaluated. Modules are found beside the file."""
+    (tmp_path / "bad.py").write_text("import sys\n\ndef build():\n    sys.exit(3)\n\ndef raises():\n    raise OSError('a\\nb')\n")
+    (tmp_path / "good_package_of_this_test.py").write_text(
+        "import torch\n\ndef build():\n    return torch.nn.Linear(64, 64)\n\ndef sample(batch, seq):\n    return torch.zeros(batch, seq, 64)\n"
+    )
+    models = {"exits": "bad.py:build", "raises": "bad.py:raises", "gone": "gone.py:build", "good": "good_package_of_this_test:build"}
+    checks = tuple(CheckSpec(name=n, model=m, cluster="1xL40S", seq=4, line=i + 1) for i, (n, m) in enumerate(models.items()))
+    report = run_checks(CheckConfig(path=tmp_path / "pyproject.toml", file="pyproject.toml", checks=checks))
+
+    assert [r.status for r in report.results] == ["error", "error", "error", "fits"]
+    assert report.exit_code == 2
+    assert "SystemExit" in report.results[0].error
+    assert report.result("good").figures.inputs.batch == 1  # as many as there are devices
+
+
+def test_growth_against_a_base(run) -> None:  # type: ignore[no-untyped-def]
+    """max_increase in percent and in bytes; what changed is named; a check without it never grew too much."""
+    before = run(plan=FIXED)
+    base = CheckReport.of([before], "pyproject.toml")
+    more = FIXED | {"micro_batch": 1, "recompute": "full"}
+
+    assert run(base, plan=FIXED, max_increase="0%").status == "fits"
+    smaller = CheckReport.of([run(plan=more)], "pyproject.toml")
+    grew = run(smaller, plan=FIXED, max_increase="0.0001%")
+    assert grew.status == "grew"
+    assert {"micro_batch 1 -> 64", "recompute full -> none"} <= set(grew.growth.changed)
+    assert any(c.startswith("activations +") for c in grew.growth.changed)
+    assert run(smaller, plan=FIXED, max_increase="1GiB").status == "fits"
+    assert run(smaller, plan=FIXED).status == "fits"
+    assert run(base, plan=more, max_increase="0%").status == "fits"  # it shrank
+
+
+def test_what_changed_names_inputs(run) -> None:  # type: ignore[no-untyped-def]
+    """Inputs first: sequence, parameters, cluster."""
+    was = run(plan=FIXED).figures
+    inputs = was.inputs.model_copy(update={"seq": 64, "numel": 2 * was.inputs.numel, "cluster": "8xL40S"})
+    told = what_changed(was, was.model_copy(update={"inputs": inputs}))
+
+    assert told[0] == "cluster 8xH100-SXM -> 8xL40S"
+    assert "seq 32 -> 64" in told
+    assert any(c.startswith("parameters ") and "->" in c for c in told)
+    assert what_changed(was, was) == []
+
+
+def test_drift_of_versions_is_a_warning(run) -> None:  # type: ignore[no-untyped-def]
+    """A base made with another torch is compared, and that is said once."""
+    result = run()
+    old = Versions.here().model_copy(update={"torch": "1.0"})
+    report = CheckReport.of([result], "p.toml", base=CheckReport.of([result], "p.toml", versions=old), base_name="base.json")
+
+    assert [w.rule for w in report.warnings] == ["MEM004"]
+    assert "torch 1.0" in report.warnings[0].text
+    assert report.exit_code == 0
+
+
+def test_same_as_base(run) -> None:  # type: ignore[no-untyped-def]
+    """Nothing to tell: every check fits, is in both reports and did not change."""
+    result = run()
+    base = CheckReport.of([result], "p.toml")
+    spec = CheckSpec(name="a", model="m", cluster="c", seq=1)
+
+    assert CheckReport.of([against(result, spec, base)], "p.toml", base=base, base_name="b").same_as_base
+    assert not CheckReport.of([result], "p.toml").same_as_base
+    assert not CheckReport.of([result], "p.toml", base=CheckReport.of([], "p.toml"), base_name="b").same_as_base
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a report"),
+        ('{"schema": "meshwright.plan/1"}', "not a report"),
+        ('{"schema": "meshwright.check/1"}', "is missing"),
+    ],
+)
+def test_a_base_that_is_no_report(tmp_path: Path, text: str, word: str) -> None:
+    """One sentence with the file."""
+    path = tmp_path / "base.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=word):
+        CheckReport.load(path)
+    with pytest.raises(InputError, match="does not exist"):
+        CheckReport.load(tmp_path / "gone.json")
