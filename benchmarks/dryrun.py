@@ -2,7 +2,8 @@
 
     python benchmarks/dryrun.py [--no-whole]
 
-Every row runs in a process of its own, so that its memory is its own. `whole` runs every layer and microbatch of the stage.
+Every run is a process of its own, so that its memory is its own; s is its processor seconds, imports included. `whole` runs every
+layer and microbatch of the stage.
 """
 
 from __future__ import annotations
@@ -39,11 +40,10 @@ ROWS = [
 
 
 def one(path: str, rank: int, whole: bool) -> None:
-    started = time.perf_counter()
     found = dry_run(Plan.load(path), rank, whole=whole)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     sent = sum(c.nbytes * c.count for c in found.collectives)
-    result = {"peak": found.peak_bytes, "seconds": time.perf_counter() - started, "rss": rss, "sent": sent, "stage": found.stage}
+    result = {"peak": found.peak_bytes, "seconds": time.process_time(), "rss": rss, "sent": sent, "stage": found.stage}
     print(json.dumps({**result, "run": f"{found.layers_run}x{found.microbatches_run}"}))
 
 
@@ -66,8 +66,9 @@ def main() -> None:
         one(given.one, given.rank, given.whole)
         return
     print(f"{datetime.date.today()}, torch {torch.__version__}, python benchmarks/dryrun.py")
-    print(f"Llama 3.1 70B on {CLUSTER}, batch {BATCH}, sequence {SEQ}, bf16; layers x microbatches; GiB; sent: all collectives of a step")
-    print(f"{'layout':<61}{'rank':>5}{'stage':>6} | {'run':>5}{'peak':>8}{'s':>6}{'RSS':>6} | {'whole':>6}{'peak':>8}{'s':>6}{'RSS':>6} | {'peak':>7}{'sent':>7}")
+    print(f"Llama 3.1 70B on {CLUSTER}, batch {BATCH}, sequence {SEQ}, bf16; layers x microbatches; GiB; s: processor seconds")
+    second = f"{'whole':>6}{'peak':>8}{'s':>6}{'RSS':>6} | {'peak':>7}{'sent':>7}"
+    print(f"{'layout':<61}{'rank':>5}{'stage':>6} | {'run':>5}{'peak':>8}{'s':>6}{'RSS':>6} | {second}")
     graph = trace(MODEL, seq=SEQ, precision="bf16")
     with tempfile.TemporaryDirectory() as folder:
         for fix, ranks in ROWS:

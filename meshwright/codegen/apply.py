@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -32,6 +32,11 @@ from meshwright.profiling.loading import main_output
 
 LossFn = Callable[[Tensor, Any], Tensor]
 MESH = ("pp", "replicate", "shard", "tp")
+# by the plan's names: the class in torch.optim and what it takes on a GPU; none makes temporaries (DTensor has no fused SGD)
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("AdamW", {"fused": True}), "sgd-momentum": ("SGD", {"momentum": 0.9, "foreach": False}), "sgd": ("SGD", {"foreach": False}),
+}  # fmt: skip
+SCHEDULES: dict[str, type[Schedule1F1B] | type[ScheduleGPipe]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
 
 class PlanMismatch(InputError):
@@ -152,18 +157,20 @@ class Parallel:
         x = plan.layout
         self.is_first = mesh["pp"].get_local_rank() == 0
         self.is_last = mesh["pp"].get_local_rank() == x.pp - 1
-        self.schedule: Schedule1F1B | None = None
+        self.schedule: Schedule1F1B | ScheduleGPipe | None = None
         self._tied = split_ties(plan) if x.pp > 1 else []
         self._pair = first_last_pair(mesh) if self._tied else None
         if x.pp > 1:
             self.schedule = self.make_schedule()
 
-    def make_schedule(self, inputs: tuple[Tensor, ...] | None = None, outputs: tuple[Tensor, ...] | None = None) -> Schedule1F1B:
+    def make_schedule(
+        self, inputs: tuple[Tensor, ...] | None = None, outputs: tuple[Tensor, ...] | None = None
+    ) -> Schedule1F1B | ScheduleGPipe:  # fmt: skip
         """The stage's schedule; with examples of what it takes and returns, ranks need not tell each other."""
         x, at = self.plan.layout, self.mesh["pp"]
         module = PerMicrobatch(self.stage) if isinstance(self.stage, FSDPModule) and x.zero >= 2 else self.stage
         held = PipelineStage(module, at.get_local_rank(), x.pp, _device(self.mesh), inputs, outputs, group=at.get_group())
-        return Schedule1F1B(held, self.plan.microbatches, loss_fn=self._scaled_loss, scale_grads=False)
+        return SCHEDULES[x.schedule](held, self.plan.microbatches, loss_fn=self._scaled_loss, scale_grads=False)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -261,6 +268,13 @@ def apply(plan: Plan, model: nn.Module, *, loss: LossFn | None = None, device: t
     if x.dp > 1 or plan.workload.precision == "bf16":
         _data_parallel(plan, stage, [model.get_submodule(p) for p in paths], mesh)
     return Parallel(plan, stage, mesh, _loss(plan, loss, mesh))
+
+
+def make_optimizer(plan: Plan, stage: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+    """The plan's optimizer over a stage's parameters, as an emitted script makes it for a GPU."""
+    name, options = OPTIMIZERS[plan.workload.optimizer]
+    made: torch.optim.Optimizer = getattr(torch.optim, name)(stage.parameters(), lr=lr, **options)
+    return made
 
 
 def _check_model(plan: Plan, model: nn.Module) -> None:

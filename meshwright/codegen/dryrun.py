@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import schedules
 
-from meshwright.codegen.apply import LossFn, Parallel, ProgramStage, apply, shard_modules
+from meshwright.codegen.apply import LossFn, Parallel, ProgramStage, apply, make_optimizer, shard_modules
 from meshwright.codegen.runtime.pipeline import leave_out
 from meshwright.codegen.tracker import Failure, Moment, Tracker, shown
 from meshwright.planner.plan import Plan
@@ -79,7 +79,7 @@ class DryRun(BaseModel):
     phase: str
     module: str
     op: str
-    site: str  # autograd's node in backward, else a line of Python; "" for less than a MiB
+    site: str  # autograd's node in backward, else a line of Python
     by_phase: dict[str, float]  # the fullest moment of each phase
     collectives: tuple[Traffic, ...]
     seconds: float
@@ -169,8 +169,15 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
         for k, more in longer.items():
             result = result.plus(found, more, (counts[k] - FEW) / (min(counts[k], MORE) - FEW))
         if few < m:
-            fewer = run(base, few - 1)
-            result = result.plus(fewer, found, m - few).repeated(fewer, found, result, (m - few) / few)
+            fewer, layered = run(base, few - 1), result
+            result = result.plus(fewer, found, m - few)
+            if x.schedule == "1f1b":
+                result = result.repeated(fewer, found, layered, (m - few) / few)
+            else:  # every microbatch is in flight: what a layer holds grows with them
+                for k, more in longer.items():
+                    times = (m - few) * (counts[k] - FEW) / (min(counts[k], MORE) - FEW)
+                    corner = run({**base, k: min(counts[k], MORE)}, few - 1)
+                    result = result.plus(found, more, times).plus(fewer, corner, -times)
     peak, by_kind = result.peak
     return DryRun(
         plan=plan.inputs_hash, rank=rank, stage=stage, layers=(first, last), layers_run=sum(base.values()) if short else last - first,
@@ -179,7 +186,7 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
         seconds=time.perf_counter() - started,
         collectives=tuple(
             Traffic(op=op, group=group, ranks=ranks, nbytes=nbytes, phase=phase, count=count)
-            for (op, group, ranks, nbytes, phase), count in sorted(result.traffic.items(), key=lambda c: -c[0][3] * c[1])
+            for (op, group, ranks, nbytes, phase), count in sorted(result.traffic.items(), key=lambda c: (-c[0][3] * c[1], c[0]))
         ),
     )  # fmt: skip
 
@@ -211,7 +218,7 @@ def track(parallel: Parallel, fake: FakeTensorMode | None = None) -> Measured:
     inside: Any = fake or contextlib.nullcontext()
     with inside:
         inputs, labels = _inputs(plan, plan.microbatches * plan.layout.micro_batch)
-        optimizer = torch.optim.AdamW(parallel.stage.parameters(), lr=1e-3, fused=True)
+        optimizer = make_optimizer(plan, parallel.stage)
     tracker.tell("parameters", [*parallel.stage.parameters(), *parallel.stage.buffers()])
     tracker.tell("inputs", [inputs, labels])
     tracker.watch(parallel.stage)

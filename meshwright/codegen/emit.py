@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from meshwright.codegen.apply import modules_of, packed_parameters, split_ties
+from meshwright.codegen.apply import OPTIMIZERS, SCHEDULES, modules_of, packed_parameters, split_ties
 from meshwright.codegen.text import ProgramText, as_range, attribute, call, identifier, layer_list, literal, table, wrapped
 from meshwright.planner.plan import Plan
 from meshwright.profiling.errors import InputError
@@ -127,6 +127,7 @@ class _Writer:
         self.plan, self.x, self.program = plan, plan.layout, plan.solution.program
         self.fsdp = self.x.dp > 1 or plan.workload.precision == "bf16"
         self.hf = plan.model.origin == "hf"
+        self.schedule = SCHEDULES[self.x.schedule].__name__
         self.ties = split_ties(plan) if self.x.pp > 1 else []
         parts = (*self.program.stem, *self.program.side, *self.program.head) if self.program else ()
         self.converts = any(s.target.startswith("convert:") for s in parts)
@@ -138,6 +139,7 @@ class _Writer:
     def context(self) -> dict[str, Any]:
         p, x, m, program = self.plan, self.x, self.plan.model, self.program
         text = ProgramText(program, piped=x.pp > 1) if program else None
+        optimizer, options = OPTIMIZERS[p.workload.optimizer]
         doc = "Layers [first, last), with the code before and after them on the first and last stage."
         return {
             "title": wrapped(f"Trains {m.name} ({m.numel:,} parameters) on {x.devices} x {p.cluster.device.name}: {x}."),
@@ -154,7 +156,8 @@ class _Writer:
             "inputs": text.signature if text else ", ".join(f"{identifier(i.name)}: Tensor" for i in m.inputs),
             "forward": indent("\n".join(text.lines() if text else self._whole_forward()), " " * 8),
             "parallelize": indent("\n".join(self._parallelize()), " " * 4), "data": "\n".join(self._data()),
-            "steps": "\n".join(self._trainer()),
+            "steps": "\n".join(self._trainer()), "schedule": self.schedule, "optimizer": optimizer,
+            "optimizer_options": ", ".join(f"{k}={v}" for k, v in {"foreach": False, **options}.items() if k != "fused"), "fused": "fused" in options,
         }  # fmt: skip
 
     def _summary(self) -> str:
@@ -387,7 +390,7 @@ class _Writer:
             start += [
                 f'stage, pp = {"PerMicrobatch(self.stage)" if managed else "self.stage"}, self.mesh["pp"]',
                 "held = PipelineStage(stage, pp.get_local_rank(), PP, device, group=pp.get_group())",
-                "self.schedule = Schedule1F1B(held, MICROBATCHES, loss_fn=self.loss, scale_grads=False)",
+                f"self.schedule = {self.schedule}(held, MICROBATCHES, loss_fn=self.loss, scale_grads=False)",
             ]
             start += ["self.pair = first_last_pair(self.mesh)"] if self.ties else []
         step = [

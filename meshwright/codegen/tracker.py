@@ -36,7 +36,6 @@ _NAMED = "meshwright module"
 _GROUPED = torch.ops.aten._grouped_mm.default
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 _LIFT = torch.ops.aten.lift_fresh.default  # of a tensor that Python just made
-SITE_BYTES = 1 << 20  # allocations from this size on remember the line that made them
 
 
 @dataclass(slots=True)
@@ -46,7 +45,6 @@ class Lifetime:
     op: str
     phase: str  # "setup", "forward", "recompute", "backward", "optimizer", or "step": what stands around them, like the loss
     module: str
-    site: str
     changes: list[tuple[int, int]]
     resized: bool = False
     sent: bool = False  # a collective read or wrote it
@@ -210,15 +208,14 @@ class Tracker(TorchDispatchMode):
         if key in self._held:
             return self.lifetimes[self._held[key][0]]
         number, nbytes = len(self.lifetimes), storage.nbytes()
-        where = self._site() if nbytes >= SITE_BYTES and not phase else ""
-        found = Lifetime(op, phase or self.phase, self.module, where, [(self._time, 0)])
+        found = Lifetime(op, phase or self.phase, self.module, [(self._time, 0)])
         self.lifetimes.append(found)
         self._held[key] = (number, weakref.ref(storage, lambda _: self._die(key, number)))
         self._change(found, nbytes)
         return found
 
     def _site(self) -> str:
-        """Where a storage is made: autograd's node in backward, else the line."""
+        """Where the program is: autograd's node in backward, else the line."""
         if self.phase == "backward":
             node = torch._C._current_autograd_node()
             return "" if node is None else str(node.name())
@@ -232,7 +229,7 @@ class Tracker(TorchDispatchMode):
         if grown > 0:
             where = (self.phase, self.module)
             if where not in self.peaks or self.live_bytes > self.peaks[where].live_bytes:
-                self.peaks[where] = Moment(self._time, self.live_bytes, *where, lifetime.op, lifetime.site)
+                self.peaks[where] = Moment(self._time, self.live_bytes, *where, lifetime.op, self._site())
 
     def _die(self, key: int, number: int) -> None:
         if self._held.get(key, (-1,))[0] == number:
@@ -335,7 +332,7 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _line() -> str:
     """The nearest line outside torch and this package, else the nearest of this package but its dry run."""
-    frame: FrameType | None = sys._getframe(3)
+    frame: FrameType | None = sys._getframe(1)
     ours = ""
     while frame is not None:
         name = frame.f_code.co_filename

@@ -15,8 +15,23 @@ import numpy as np
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.profiling.graph import DTYPE_BYTES, Block, Op, Storage
 
-MASTER, MOMENTS, REDUCED = 4.0, 8.0, 4.0  # bytes per parameter: fp32 parameter, two fp32 moments, fp32 gradient
+MASTER, REDUCED = 4.0, 4.0  # bytes per parameter: fp32 parameter, fp32 gradient
 SAVED_KINDS = frozenset(("matmul", "attention", "experts", "conv"))  # what selective recompute keeps
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Bytes per parameter of an optimizer's fp32 state, and of what a fused step reads and writes: parameter, gradient, state."""
+
+    state_bytes: float
+
+    @property
+    def traffic_bytes(self) -> float:
+        return 12.0 + 2 * self.state_bytes
+
+
+# Two moments (Loshchilov & Hutter 2019), one, none
+OPTIMIZERS = {"adamw": Optimizer(8.0), "sgd-momentum": Optimizer(4.0), "sgd": Optimizer(0.0)}
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,8 @@ class BlockMemory:
     alive while the block runs forward, `backward` while it runs backward with its gradients of parameters, `backward_in_place`
     where those are added to ones that exist. All include what is saved; `backward` also the gradient that comes in. `carry`: the
     block's input. `output`: the model's output, in the block that makes it. `side`: what layers take besides the carry. `incoming`:
-    the gradient that comes in. `keeps_result`: what the block returns is among what is saved.
+    the gradient that comes in. `unasked`: of `kept_selective`, what recompute stops before. `keeps_result`: what the block returns
+    is among what is saved.
     """
 
     saved: np.ndarray
@@ -40,6 +56,7 @@ class BlockMemory:
     output: np.ndarray
     side: np.ndarray
     incoming: np.ndarray
+    unasked: np.ndarray
     keeps_result: bool
     numel: float
     buffers: float
@@ -49,48 +66,70 @@ class BlockMemory:
         return {"none": self.saved, "selective": self.kept_selective, "full": self.kept_full}[recompute]
 
     def again(self, recompute: str) -> np.ndarray:
-        """What recompute adds to the backward: the block's input, which nothing else holds."""
-        return np.zeros_like(self.carry) if recompute == "none" else self.carry
+        """What recompute adds to the backward: the block's input, which nothing else holds, and what was kept and is not asked for."""
+        return {"none": np.zeros_like(self.carry), "selective": self.carry + self.unasked, "full": self.carry}[recompute]
 
     def padded(self, shards: int) -> float:
         """Parameters when FSDP pads the rows of each to a multiple of `shards`."""
         return sum(np.ceil(rows / shards) * shards * row for rows, row in self.shapes.values())
 
 
-def block_memory(sharded: ShardedBlock, batches: np.ndarray) -> BlockMemory:
-    """Liveness of a block's joint program on one tensor-parallel rank."""
+def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep: int = 1, loss_chunks: int = 1) -> BlockMemory:
+    """Liveness of a block's joint program on one tensor-parallel rank.
+
+    `cp`: context parallelism, by a ring over as many ranks: each has 1 / cp of a sample's tokens, and beside its own keys and values
+    those that it receives (Liu et al. 2023, arXiv 2310.01889); backward their gradients too. `ep`: expert parallelism with balanced
+    routing: 1 / ep of the experts, as many tokens as before, and the buffers that tokens are sent from and received into.
+    `loss_chunks`: the loss in so many parts, each computed again in backward (codegen/runtime/loss.py): no logits are kept.
+    """
     block = sharded.block
-    b = np.asarray(batches, float)
+    b = np.asarray(batches, float) / cp
     shares = np.array([_storage_share(s, block.by_name[s.op], sharded) for s in block.storages])
+    if ep > 1:
+        shares = shares / [ep if s.gradient and block.by_name[s.op].kind == "experts" else 1 for s in block.storages]
     size = np.array([[s.amount.const, s.amount.per_sample] for s in block.storages], float).reshape(-1, 2) * shares[:, None]
     nbytes = size[:, 0][None, :] + b[:, None] * size[:, 1][None, :]  # [batches, storages]
     born = np.array([s.born for s in block.storages], int)
     dies = np.array([s.dies for s in block.storages], int)
     loss = next((op for op in block.ops if op.kind == "cross_entropy"), None)
-    output = np.zeros(len(b))
+    output, kept_by_loss = np.zeros(len(b)), np.zeros(len(block.storages), bool)
     if loss is not None:
         output = _loss_in_place(loss, sharded, b, nbytes, born, dies)
+        if loss_chunks > 1:
+            parts = {loss.name, *(op.name for op in _of_logits(block, loss))}
+            part = np.array([s.op in parts and not s.gradient for s in block.storages], bool)
+            summed = np.array([s.op in parts and s.gradient for s in block.storages], bool)
+            nbytes[:, part] /= loss_chunks
+            born[summed] = min((s.born for s in block.storages if s.backward), default=0)  # the sum over the parts before
+            kept_by_loss = part & np.array([s.saved for s in block.storages], bool)
+            output = output / loss_chunks
     steps = int(dies.max(initial=0)) + 2
     turn = min((s.born for s in block.storages if s.backward), default=steps)
     to_the_end = np.where([s.gradient for s in block.storages], steps - 2, dies) if block.storages else dies
-    copies = _copies(sharded, b, steps)
+    copies = _copies(sharded, b, steps) + _exchanged(sharded, b, steps, cp, ep)
     in_place, held = (_live(nbytes, born, d, steps) + copies for d in (dies, to_the_end))
     carry = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "carry"), np.zeros(len(b)))
     side = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "side"), np.zeros(len(b)))
-    saved = nbytes[:, [s.saved for s in block.storages]].sum(axis=1) if block.storages else np.zeros(len(b))
+    saved = nbytes[:, np.array([s.saved for s in block.storages], bool) & ~kept_by_loss].sum(axis=1)
     forward = held[:, :turn].max(axis=1, initial=0.0)
     backward, again_in_place = (x[:, turn:].max(axis=1, initial=0.0) for x in (held, in_place))
     incoming = _value_bytes(block.outputs[0], sharded, b) if block.outputs and loss is None else np.zeros(len(b))
     backward, again_in_place = backward + incoming, again_in_place + incoming
-    kept = sum((_output_bytes(op, sharded, b) for op in block.ops if op.kind in SAVED_KINDS), np.zeros(len(b)))
-    for c in sharded.collectives:
-        if c.phase == "forward" and c.op in ("all_reduce", "reduce_scatter"):
-            kept = kept + (c.amount.const + b * c.amount.per_sample) / (sharded.ranks if c.op == "reduce_scatter" else 1)
+    # recompute stops when the last op that saves something is about to run: what it and later ones made stays in the cache
+    last = max((i for i, op in enumerate(block.ops) if op.saved.at(1) > 0), default=len(block.ops))
+    late = {op.name for op in block.ops[last:]}
+    kept = unasked = np.zeros(len(b))
+    for name, made in _kept_outputs(sharded, b):
+        kept = kept + made
+        unasked = unasked + (made if name in late else 0.0)
+    shapes = _shapes(sharded, ep)
+    returned = block.outputs[0].partition(":")[0] if block.outputs else ""
     return BlockMemory(
         saved=saved, kept_selective=np.minimum(kept + carry, saved + carry), kept_full=carry, forward=forward,
         backward=np.maximum(backward, saved), backward_in_place=np.maximum(again_in_place, saved), carry=carry, output=output, side=side,
-        incoming=incoming, keeps_result=any(s.saved and block.outputs and s.op == block.outputs[0].partition(":")[0] for s in block.storages),
-        numel=sharded.numel, buffers=float(sum(p.numel * DTYPE_BYTES.get(p.dtype, 4) for p in block.buffers)), shapes=_shapes(sharded),
+        incoming=incoming, unasked=unasked, keeps_result=any(s.saved and s.op == returned for s in block.storages),
+        numel=sum(rows * row for rows, row in shapes.values()), shapes=shapes,
+        buffers=float(sum(p.numel * DTYPE_BYTES.get(p.dtype, 4) for p in block.buffers)),
     )  # fmt: skip
 
 
@@ -121,6 +160,27 @@ def _copies(sharded: ShardedBlock, b: np.ndarray, steps: int) -> np.ndarray:
     return extra
 
 
+def _exchanged(sharded: ShardedBlock, b: np.ndarray, steps: int, cp: int, ep: int) -> np.ndarray:
+    """Bytes of what context and expert parallelism exchange, while the op runs that needs it, [batches, steps]."""
+    extra = np.zeros((len(b), steps))
+    products = [op for op in sharded.block.ops if op.kind == "experts"]
+    for op in sharded.block.ops:
+        width = DTYPE_BYTES.get(op.dtype, 4)
+        if cp > 1 and op.kind == "attention":
+            rows = op.dims["kv"] * op.dims["kv_heads"] * (op.dims["head_dim"] + op.dims["v_head_dim"])
+            amount, again = rows * width * b * sharded.share(op.name if len(op.outputs) == 1 else f"{op.name}:0"), 3.0
+        elif ep > 1 and op.kind == "experts" and op in (products[0], products[-1]):  # sent before the first product, back after the last
+            row = op.dims["k"] if op is products[0] else op.dims["n"]
+            amount, again = 2.0 * width * b * op.dims["m"] * row, 1.0
+        else:
+            continue
+        for backward in (False, True):
+            at = [s.born for s in sharded.block.storages if s.op == op.name and s.backward == backward]
+            if at:
+                extra[:, min(at) : max(at) + 1] += ((again if backward else 1.0) * amount)[:, None]
+    return extra
+
+
 def _loss_in_place(loss: Op, sharded: ShardedBlock, b: np.ndarray, nbytes: np.ndarray, born: np.ndarray, dies: np.ndarray) -> np.ndarray:
     """Bytes of the model's output; changes sizes and deaths of the loss's storages to those of what runs.
 
@@ -129,7 +189,7 @@ def _loss_in_place(loss: Op, sharded: ShardedBlock, b: np.ndarray, nbytes: np.nd
     runs forward: its caller holds them.
     """
     block = sharded.block
-    made = next((op for op in _upwards(block, loss) if op.kind not in ("copy", "view", "pointwise")), None)
+    made = next(reversed(list(_of_logits(block, loss))), None)
     own = np.array([s.op == loss.name for s in block.storages], bool)
     backward = np.array([s.backward for s in block.storages], bool)
     first = min((t for t, mine in zip(born, own & ~backward, strict=True) if mine), default=0)
@@ -142,6 +202,14 @@ def _loss_in_place(loss: Op, sharded: ShardedBlock, b: np.ndarray, nbytes: np.nd
     return np.asarray(nbytes[:, logits].sum(axis=1))
 
 
+def _of_logits(block: Block, loss: Op) -> Iterator[Op]:
+    """The ops whose results are logits, from the loss up to the product that makes them."""
+    for op in _upwards(block, loss):
+        yield op
+        if op.kind not in ("copy", "view", "pointwise"):
+            return
+
+
 def _upwards(block: Block, op: Op) -> Iterator[Op]:
     """The ops that made an op's first input, from the nearest on."""
     while op.inputs and (source := block.by_name.get(op.inputs[0].partition(":")[0])) is not None:
@@ -149,19 +217,41 @@ def _upwards(block: Block, op: Op) -> Iterator[Op]:
         op = source
 
 
-def _shapes(sharded: ShardedBlock) -> dict[str, tuple[float, float]]:
+def _shapes(sharded: ShardedBlock, ep: int) -> dict[str, tuple[float, float]]:
+    of_experts = {name for op in sharded.block.ops if op.kind == "experts" for name in _parameters(sharded.block, op)}
     found = {}
     for p in sharded.block.params:
         state, rows = sharded.params.get(p.name, "I"), float(p.shape[0] if p.shape else 1)
         local = p.numel * sharded.share(f"param:{p.name}")
         rows = rows / sharded.ranks if state.startswith("S0") else rows
-        found[p.name] = (rows, local / rows if rows else 0.0)
+        found[p.name] = (rows / ep if p.name in of_experts else rows, local / rows if rows else 0.0)
     return found
+
+
+def _parameters(block: Block, op: Op) -> Iterator[str]:
+    """Parameters that an op reads, itself or through views."""
+    for v in op.inputs:
+        source = block.by_name.get(v.partition(":")[0])
+        if v.startswith("param:"):
+            yield v[6:]
+        elif source is not None and source.kind in ("view", "copy"):
+            yield from _parameters(block, source)
 
 
 def _value_bytes(v: str, sharded: ShardedBlock, b: np.ndarray) -> np.ndarray:
     a = sharded.block.spec_of(v).amount
     return (a.const + b * a.per_sample) * sharded.share(v)
+
+
+def _kept_outputs(sharded: ShardedBlock, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """What selective recompute keeps, with the op that made it: products, attention, and what was reduced over ranks."""
+    for op in sharded.block.ops:
+        if op.kind in SAVED_KINDS:
+            yield op.name, _output_bytes(op, sharded, b)
+    for c in sharded.collectives:
+        if c.phase == "forward" and c.op in ("all_reduce", "reduce_scatter"):
+            made = (c.amount.const + b * c.amount.per_sample) / (sharded.ranks if c.op == "reduce_scatter" else 1)
+            yield c.value.partition(":")[0], made
 
 
 def _output_bytes(op: Op, sharded: ShardedBlock, b: np.ndarray) -> np.ndarray:

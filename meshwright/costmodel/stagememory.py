@@ -6,7 +6,7 @@ gradient is reduced in fp32. With c the bytes of the compute dtype and P paramet
     parameters   4 P / shard
     gathered     c P for ZeRO 0 to 2; for ZeRO 3 what is outside the layers, the layer that runs and the buffer of the next
     gradients    4 P summed whole over microbatches (ZeRO 0 and 1), or 4 P / shard
-    optimizer    8 P / shard, AdamW's two moments
+    optimizer    8 P / shard, AdamW's two moments; 4 P / shard, one of momentum; none
     communication  what a reduce-scatter reads, in fp32, until the next one begins; a pipeline's receive buffers, one a microbatch
 
 Around these stand the activations of the microbatches in flight. The moments: a block runs forward; a block runs backward (the loss
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.costmodel.memory import MASTER, MOMENTS, REDUCED
-from meshwright.costmodel.pipeline import in_flight
+from meshwright.costmodel import schedules
+from meshwright.costmodel.memory import MASTER, REDUCED
 
 CATEGORIES = ("parameters", "gathered", "gradients", "optimizer", "activations", "communication", "inputs", "temporaries")
 Parts = dict[str, Any]  # bytes by category, numbers or arrays
@@ -38,6 +38,8 @@ class Shape:
     dp: int
     compute_bytes: float
     mixed: bool  # computes in fewer bits than fp32
+    schedule: str = "1f1b"
+    state_bytes: float = 8.0  # of the optimizer, per parameter
     first: bool = False  # the first backward of a step rather than a later one: nothing is summed yet
 
     @property
@@ -123,18 +125,14 @@ class StageMemory:
         after = np.searchsorted(self.at, position, side="right")
         self._above = np.where(after < len(self.at), self.at[np.minimum(after, max(len(self.at) - 1, 0))] if len(self.at) else 0, -1)
 
-    @staticmethod
-    def _prefix(x: np.ndarray) -> np.ndarray:
-        return np.concatenate([[0.0], np.cumsum(x)])
-
     @cached_property
     def _sums(self) -> dict[str, np.ndarray]:
         b, root = self.b, ~self.b.layer
-        return {
-            "kept": self._prefix(b.kept), "numel": self._prefix(b.numel), "padded": self._prefix(b.padded), "buffers": self._prefix(b.buffers),
-            "root": self._prefix(b.numel * root + b.tied), "root_padded": self._prefix(b.padded * root), "layers": self._prefix(b.numel * b.layer),
-            "layers_padded": self._prefix(b.padded * b.layer),
+        terms = {
+            "kept": b.kept, "numel": b.numel, "padded": b.padded, "buffers": b.buffers, "tied": b.tied, "root": b.numel * root,
+            "root_padded": b.padded * root, "layers": b.numel * b.layer, "layers_padded": b.padded * b.layer,
         }  # fmt: skip
+        return {name: np.concatenate([[0.0], np.cumsum(x)]) for name, x in terms.items()}
 
     def span(self, first: Any, last: Any, stage: int) -> tuple[Any, Any]:
         """Blocks [begin, end) of layers [first, last) as `stage`."""
@@ -143,10 +141,12 @@ class StageMemory:
         end = np.where(stage == self.x.pp - 1, n, at[np.maximum(last, 1) - 1] + 1 if len(at) else n)
         return begin, end
 
-    def flying(self, stage: int) -> int:
+    def flying(self, stage: int) -> float:
         """Microbatches whose activations the stage holds, the one that runs included."""
         x = self.x
-        return in_flight(x.pp, stage, x.microbatches if x.first or x.microbatches == 1 else x.microbatches - 1)
+        microbatches = x.microbatches if x.first or x.microbatches == 1 else x.microbatches - 1
+        schedule = schedules.find(x.schedule)
+        return schedule.in_flight(x.pp, stage, microbatches, schedule.vpp[0])
 
     def returned(self, end: Any, stage: int) -> Any:
         """What a stage that is not the last returned, where the pipeline alone holds it; less what a receive buffer holds already."""
@@ -171,7 +171,7 @@ class StageMemory:
             "parameters": MASTER * between("padded") / x.shards + between("buffers"),
             "gathered": c * (between("root_padded") if x.zero == 3 else between("padded")),
             "gradients": gradients,
-            "optimizer": MOMENTS * between("padded") / x.shards,
+            "optimizer": x.state_bytes * between("padded") / x.shards,
             "activations": (flying - 1) * kept + (self.b.side if stage else 0.0) + self.returned(end, stage),
             "communication": (received * x.microbatches + (stage > 0 and x.microbatches > 1)) * self.b.handed,
             "inputs": self.b.inputs,
@@ -209,7 +209,7 @@ class StageMemory:
             """Parts of a moment in the backward of block j: the sums run to the stage's end, the scores take away up to j."""
             return {
                 "activations": -s["kept"][begin] + output,
-                "temporaries": root_grads * s["root"][end],
+                "temporaries": root_grads * s["root"][end] + c * s["tied"][end],
                 "gradients": REDUCED * grown[end],
                 "gathered": -freed[end],
                 **extra,
@@ -218,7 +218,7 @@ class StageMemory:
         # the last backward of a step frees what was gathered, layer by layer
         frees = x.fsdp and x.pp == 1 and x.zero < 3 and x.microbatches <= 2
         freed = c * s["layers_padded"] if frees else 0.0 * s["layers"]
-        after = {"temporaries": -root_grads * s["root"][1:], "gradients": -REDUCED * grown[1:], "gathered": freed[1:]}
+        after = {"temporaries": -root_grads * s["root"][1:] - c * s["tied"][1:], "gradients": -REDUCED * grown[1:], "gathered": freed[1:]}
         running = np.where(b.layer, b.padded, 0.0) * c * zero3
         flat = np.where(self._below >= 0, b.padded[self._below], 0.0) * c * zero3 * (shards > 1) * b.layer
         reading = np.where(self._above >= 0, b.padded[self._above], 0.0) * REDUCED * reduces
@@ -264,7 +264,7 @@ class StageMemory:
         if x.fsdp and (reduces or x.pp == 1):
             # the buffer is filled from the gradients, which go before the reduced ones come
             held = c * b.last_numel * (shards > 1)
-            new = np.maximum(c * b.numel, held + REDUCED * b.padded / shards) if reduces else 0.0 * b.numel
+            new = np.maximum(c * b.numel, held + REDUCED * b.padded / shards) if reduces else self._late(b.numel, b.padded, b.last_numel)
             gone = 0.0 * s["layers"] if reduces else REDUCED * (s["layers"] - s["layers_padded"] / shards)
             parts = {
                 "activations": before, "temporaries": new + b.carry + after["temporaries"], "gradients": after["gradients"] + gone[1:],
@@ -282,27 +282,27 @@ class StageMemory:
                 Moment(
                     "reduction",
                     {
-                        "temporaries": np.maximum(c * root, self._last_root(begin, end) * c * (shards > 1) + REDUCED * padded / shards) * reduces,
+                        "temporaries": np.maximum(c * root, self._last_root(begin, end) * c * (shards > 1) + REDUCED * padded / shards)
+                        if reduces
+                        else self._late(root, padded, self._last_root(begin, end)),
                         "communication": REDUCED * padded, "gradients": done, "activations": 0.0 * root + output,
                         "gathered": -c * padded if zero3 else -freed[end] + freed[begin] - c * padded * frees,
                     },
                 )
             )  # fmt: skip
-        if x.fsdp and not reduces and x.pp > 1:  # a pipeline frees what it gathered and reduces when all its microbatches are done
-            base = self.base(begin, end, stage)
-            found.append(
-                Moment(
-                    "reduction",
-                    {
-                        "activations": -base["activations"], "gathered": -base["gathered"],
-                        "communication": REDUCED * between(s["root_padded"]),
-                    },
-                )
-            )  # fmt: skip
+        if x.fsdp and not reduces and x.pp > 1:  # a pipeline reduces when all its microbatches are done, the root first
+            activations, padded = self.base(begin, end, stage)["activations"], between(s["root_padded"])
+            late = self._late(between(s["root"]), padded, self._last_root(begin, end))
+            parts = {"activations": -activations, "gathered": -c * padded, "communication": REDUCED * padded, "temporaries": late}
+            found.append(Moment("reduction", parts))
         if x.first and x.fsdp and not reduces:  # the first backward leaves fp32 sums where there were none
             last_root = c * self._last_root(begin, end)
             found.append(Moment("accumulation", {"gradients": REDUCED * between(s["numel"]), "activations": output, "temporaries": last_root}))
         return found
+
+    def _late(self, numel: Any, padded: Any, last: Any) -> Any:
+        """What a reduced result takes beyond the sums that it replaces, of which a reduction over ranks holds the last until it is done."""
+        return np.maximum(REDUCED * padded / self.x.shards - REDUCED * (numel - last), 0.0) * (self.x.shards > 1)
 
     def _last_root(self, begin: Any, end: Any) -> Any:
         """The last parameter outside the layers, of blocks [begin, end)."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from meshwright.costmodel import collectives, constants
 from meshwright.costmodel.allocator import Coefficients, surroundings
-from meshwright.costmodel.memory import MASTER, REDUCED, SAVED_KINDS, BlockMemory, block_memory
+from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED, SAVED_KINDS, BlockMemory, block_memory
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.pricing import price_ops
 from meshwright.costmodel.sharded import ShardedBlock
@@ -29,9 +29,9 @@ from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.graph import ModelGraph
 
 RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("1f1b", "gpipe")  # GPipe takes as long and holds more: only where it is asked for
 # Share of traffic that hides behind compute where there is enough of it, fitted to published runs (constants.yaml).
 OVERLAP = constants.value("overlap")
-OPTIMIZER_BYTES = 28.0  # AdamW per parameter: reads fp32 parameter, gradient, two moments; writes three of them
 ACCUMULATE_BYTES = 10.0  # per parameter and microbatch: reads a 16-bit gradient, reads and writes an fp32 sum
 # Nine of ten uncalibrated predictions of published runs by models of this kind were within this factor.
 SPREAD = 1.3
@@ -39,7 +39,7 @@ SPREAD = 1.3
 
 @dataclass(frozen=True)
 class Layouts:
-    """Layouts as arrays of one length. `recompute` indexes RECOMPUTE."""
+    """Layouts as arrays of one length. `recompute` indexes RECOMPUTE, `schedule` SCHEDULES."""
 
     tp: np.ndarray
     sp: np.ndarray
@@ -49,6 +49,7 @@ class Layouts:
     micro_batch: np.ndarray
     microbatches: np.ndarray
     recompute: np.ndarray
+    schedule: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -107,9 +108,9 @@ class Bound:
 
     def __init__(
         self, graph: ModelGraph, cluster: Cluster, shardings: Mapping[tuple[int, bool], Sequence[ShardedBlock]],
-        micro_batches: Sequence[int], costs: CostModel | None = None,
+        micro_batches: Sequence[int], costs: CostModel | None = None, optimizer: str = "adamw",
     ) -> None:  # fmt: skip
-        self.graph, self.cluster, self.costs = graph, cluster, costs
+        self.graph, self.cluster, self.costs, self.optimizer = graph, cluster, costs, optimizer
         self.basis: dict[str, str] = {}  # kind of op -> "fitted" or "datasheet"
         self.shardings = dict(shardings)
         self.batches = np.array(sorted(set(micro_batches)))
@@ -217,7 +218,7 @@ class Bound:
         reduced = np.where(zero == 0, reduce, np.where(zero == 1, scatter, 0.0))
         once = np.where(alone, reduced, exposed(reduced, backward))
         once = once + np.where((zero == 1) | (zero == 2), exposed(gather, forward), 0.0)
-        optimizer = OPTIMIZER_BYTES * numel / np.where(zero > 0, dp, 1) / memory_Bps
+        optimizer = OPTIMIZERS[self.optimizer].traffic_bytes * numel / np.where(zero > 0, dp, 1) / memory_Bps
         parts = {
             "forward": compute_f, "backward": compute_b, "recompute": again,
             "tensor_parallel": comm_f + comm_b + comm_again,
@@ -252,14 +253,16 @@ class Bound:
         groups = (layouts.tp > 1).astype(int) + (layouts.pp > 1) + (layouts.dp > 1)
         return surroundings(self.cluster.device, communicators=groups, gathered_bytes=gathered, reduced_bytes=reduced)
 
-    def stage_memory(self, layouts: Layouts, i: int) -> StageMemory:
-        """Live bytes of the stages of layout i of some layouts."""
+    def stage_memory(self, layouts: Layouts, i: int, recompute: str | None = None) -> StageMemory:
+        """Live bytes of the stages of layout i of some layouts; `recompute` instead of the layout's, for a stage that has its own."""
         x = Shape(
             pp=int(layouts.pp[i]), microbatches=int(layouts.microbatches[i]), zero=int(layouts.zero[i]), dp=int(layouts.dp[i]),
-            compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER,
+            compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER, schedule=SCHEDULES[int(layouts.schedule[i])],
+            state_bytes=OPTIMIZERS[self.optimizer].state_bytes,
         )  # fmt: skip
         k = int(np.searchsorted(self.batches, layouts.micro_batch[i]))
         t, r = self.index[int(layouts.tp[i]), bool(layouts.sp[i])], int(layouts.recompute[i])
+        r = r if recompute is None else RECOMPUTE.index(recompute)
         order = np.array([o.block for o in self.graph.sequence])
         layer = self.repeated[order]
         held, padded = self._numel[t][order], np.array([m.padded(x.shards) for m in self._memory[t]])[order]

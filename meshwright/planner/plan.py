@@ -32,7 +32,7 @@ class Workload(_Model):
     global_batch: Count
     seq: Count
     precision: Literal["bf16", "fp32"] = "bf16"
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "sgd-momentum", "sgd"] = "adamw"
 
 
 class Layout(_Model):
@@ -45,7 +45,7 @@ class Layout(_Model):
     zero: Annotated[int, Field(ge=0, le=3)] = 0
     micro_batch: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
-    schedule: Literal["1f1b"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
 
     @property
     def devices(self) -> int:
@@ -63,7 +63,8 @@ class Layout(_Model):
 
     def __str__(self) -> str:
         sp = "+sp" if self.sp else ""
-        return f"tp={self.tp}{sp} pp={self.pp} dp={self.dp} zero={self.zero} micro_batch={self.micro_batch} recompute={self.recompute}"
+        schedule = f" schedule={self.schedule}" if self.schedule != "1f1b" else ""
+        return f"tp={self.tp}{sp} pp={self.pp} dp={self.dp} zero={self.zero} micro_batch={self.micro_batch} recompute={self.recompute}{schedule}"
 
 
 class Stage(_Model):
@@ -312,7 +313,7 @@ def _verify_layout(plan: Plan) -> list[str]:
     if w.global_batch % (x.dp * x.micro_batch):
         out.append(f"solution.layout: dp {x.dp} x micro_batch {x.micro_batch} does not divide the global batch {w.global_batch}")
     elif plan.microbatches < x.pp:
-        out.append(f"solution.layout: {plan.microbatches} microbatches are fewer than pp {x.pp} stages, and 1F1B needs as many")
+        out.append(f"solution.layout: {plan.microbatches} microbatches are fewer than pp {x.pp} stages, and a schedule needs as many")
     if x.sp and x.tp == 1:
         out.append("solution.layout.sp: sequence parallelism needs tp > 1")
     if x.zero and x.dp == 1:

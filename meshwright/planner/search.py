@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.costmodel.allocator import DeviceBytes
-from meshwright.costmodel.memory import MASTER, MOMENTS, REDUCED
+from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED
 from meshwright.costmodel.step import Bound, Layouts, Priced
 from meshwright.planner.plan import Certificate, Layout
 from meshwright.planner.space import Space, to_arrays
@@ -43,7 +43,7 @@ class Search:
         self.space = space
         self.layouts = space.layouts()
         self.arrays = to_arrays(self.layouts, space.workload)
-        self.bound = Bound(space.graph, space.cluster, space.shardings, [x.micro_batch for x in self.layouts], space.costs)
+        self.bound = Bound(space.graph, space.cluster, space.shardings, [x.micro_batch for x in self.layouts], space.costs, space.workload.optimizer)
         self.priced = self.bound.price(self.arrays)
         self.limit_bytes = limit_bytes
         self.reported = self.bound.reported(self.arrays)
@@ -83,7 +83,7 @@ class Search:
         """A lower bound on the live bytes of the fullest rank over every cut: what the average stage holds."""
         numel = self._sums(p.numel) - self.bound.tied_numel(a)
         shards = np.where(a.zero > 0, a.dp, 1)
-        held = (MASTER + MOMENTS) * numel / shards / a.pp
+        held = (MASTER + OPTIMIZERS[self.space.workload.optimizer].state_bytes) * numel / shards / a.pp
         fsdp = (a.dp > 1) | (self.bound.compute_bytes < MASTER)
         gathered = np.where(fsdp & (a.zero < 3), self.bound.compute_bytes * numel / a.pp, 0.0)
         many = a.microbatches > 1

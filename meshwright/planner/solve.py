@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from meshwright.costmodel import constants
+from meshwright.costmodel.memory import OPTIMIZERS
 from meshwright.costmodel.model import CostModel, for_device
 from meshwright.costmodel.pipeline import Event, makespan, simulate
 from meshwright.costmodel.step import SPREAD
@@ -97,6 +98,7 @@ def plan(
     global_batch: int,
     seq: int,
     precision: str | None = None,
+    optimizer: str = "adamw",
     sample: str | None = None,
     limit: str = "95%",
     fix: dict[str, Any] | None = None,
@@ -107,14 +109,17 @@ def plan(
     """The best layout of a model on a cluster, or why none fits.
 
     `model` is what trace() takes (a config.json, its folder, file.py:factory) or its ModelGraph; `cluster` what parse_cluster
-    takes or a Cluster. `precision` defaults to bf16 on GPUs and fp32 on CPUs. `limit` bounds what a rank may reserve, with
-    p95 of the prediction. `costs` is a compiled cost model or its file; "auto" takes the one shipped for the device where there
-    is one, None the datasheet. `fix` holds parts of the layout, like {"tp": 8}. Raises InputError for bad input.
+    takes or a Cluster. `precision` defaults to bf16 on GPUs and fp32 on CPUs; `optimizer` is adamw, sgd-momentum or sgd. `limit`
+    bounds what a rank takes of its device, with p95 of the prediction. `costs` is a compiled cost model or its file; "auto" takes the
+    one shipped for the device where there is one, None the datasheet. `fix` holds parts of the layout, like {"tp": 8}. Raises
+    InputError for bad input.
     """
     say = progress or (lambda _: None)
     for name, value in (("global batch", global_batch), ("sequence length", seq), ("number of layouts to show", top)):
         if value < 1:
             raise InputError(f"the {name} must be at least 1, not {value}")
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"optimizer {optimizer!r} is not known: it is one of {', '.join(OPTIMIZERS)}")
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     precision = precision or ("fp32" if where.device.kind == "cpu" else "bf16")
     if isinstance(model, str):
@@ -122,7 +127,7 @@ def plan(
         model = trace(model, seq=seq, precision=precision, sample=sample)
     if (model.seq, model.precision) != (seq, precision):
         raise InputError(f"the model was traced at sequence {model.seq} in {model.precision}, not at {seq} in {precision}")
-    workload = Workload(global_batch=global_batch, seq=seq, precision=precision)  # type: ignore[arg-type]
+    workload = Workload(global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
     limit_bytes = parse_limit(limit, where.device.memory_bytes)
     say(f"sharding {len(model.blocks)} unique blocks")
     space = Space(model, where, workload, fix or {}, cost_model(costs, where))
@@ -139,7 +144,7 @@ def plan(
 def plan_of(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, costs: CostModel | None = None) -> tuple[Search, Plan]:
     """The plan of one layout, whether it is the best or not, with the search that priced it. InputError if it is not in the space or
     does not fit the devices."""
-    fixed = {k: getattr(layout, k) for k in ("tp", "sp", "pp", "dp", "zero", "micro_batch", "recompute")}
+    fixed = {k: getattr(layout, k) for k in ("tp", "sp", "pp", "dp", "zero", "micro_batch", "recompute", "schedule")}
     limit_bytes = cluster.device.memory_bytes
     search = Search(Space(graph, cluster, workload, fixed, costs), limit_bytes)
     outcome = search.run(1)

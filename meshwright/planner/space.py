@@ -12,7 +12,7 @@ import numpy as np
 
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.sharded import ShardedBlock
-from meshwright.costmodel.step import RECOMPUTE, Layouts
+from meshwright.costmodel.step import RECOMPUTE, SCHEDULES, Layouts
 from meshwright.planner.plan import Layout, Workload
 from meshwright.planner.sharding import NotShardable, shard_block
 from meshwright.planner.states import I, S, State, parse
@@ -20,7 +20,7 @@ from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import Block, ModelGraph
 
-FIXABLE = {"tp": int, "sp": bool, "pp": int, "dp": int, "zero": int, "micro_batch": int, "recompute": str}
+FIXABLE = {"tp": int, "sp": bool, "pp": int, "dp": int, "zero": int, "micro_batch": int, "recompute": str, "schedule": str}
 _ALIASES = {"mb": "micro_batch", "microbatch": "micro_batch", "remat": "recompute"}
 
 
@@ -40,6 +40,10 @@ def _fixed_value(key: str, value: str) -> Any:
     if key == "recompute":
         if value not in RECOMPUTE:
             raise InputError(f"--fix recompute={value}: it is one of {', '.join(RECOMPUTE)}")
+        return value
+    if key == "schedule":
+        if value not in SCHEDULES:
+            raise InputError(f"--fix schedule={value}: it is one of {', '.join(SCHEDULES)}")
         return value
     if key == "sp":
         if value.lower() not in ("true", "false", "1", "0", "on", "off"):
@@ -113,11 +117,14 @@ class Space:
         recomputes = [r for r in (RECOMPUTE if layers else ("none",)) if self.fixed.get("recompute", r) == r]
         for micro_batch in self._degrees("micro_batch", self.workload.global_batch // dp):
             if self.workload.global_batch // (dp * micro_batch) < pp:
-                self.skipped["microbatches < pp: 1F1B needs at least as many microbatches as stages"] += 1
+                self.skipped["microbatches < pp: a schedule needs at least as many microbatches as stages"] += 1
                 continue
             for zero in zeros:
                 for recompute in recomputes:
-                    yield Layout(tp=tp, sp=sp, pp=pp, dp=dp, zero=zero, micro_batch=micro_batch, recompute=recompute)  # type: ignore[arg-type]
+                    yield Layout(
+                        tp=tp, sp=sp, pp=pp, dp=dp, zero=zero, micro_batch=micro_batch, recompute=recompute,  # type: ignore[arg-type]
+                        schedule=self.fixed.get("schedule", "1f1b"),
+                    )  # fmt: skip
 
     def layouts(self) -> list[Layout]:
         """All layouts; InputError, with the reason that excluded most, if there is none."""
@@ -145,7 +152,7 @@ def to_arrays(layouts: list[Layout], workload: Workload) -> Layouts:
         tp=column(lambda x: x.tp), sp=column(lambda x: int(x.sp)), pp=column(lambda x: x.pp), dp=column(lambda x: x.dp),
         zero=column(lambda x: x.zero), micro_batch=column(lambda x: x.micro_batch),
         microbatches=column(lambda x: workload.global_batch // (x.dp * x.micro_batch)),
-        recompute=column(lambda x: RECOMPUTE.index(x.recompute)),
+        recompute=column(lambda x: RECOMPUTE.index(x.recompute)), schedule=column(lambda x: SCHEDULES.index(x.schedule)),
     )  # fmt: skip
 
 

@@ -277,14 +277,14 @@ def _attribute(graph: Graph, exported: Any, renamed: dict[str, str], batch: Batc
 
 
 def _hold_through_nodes(joint: Joint, nodes_of: list[int]) -> None:
-    """Autograd frees what a backward node reads, its gradient and what was saved, when the whole node is done.
+    """Autograd frees what a backward node reads, its gradient, what was saved and its intermediate results, when the node is done.
 
     `nodes_of[t]` numbers the autograd node that kernel t belongs to.
     """
     last = {n: t for t, n in enumerate(nodes_of)}
     for a in joint.allocations:
         a.dies = min(a.dies, len(nodes_of) - 1)  # a view after the last kernel
-        if a.dies_backward and nodes_of[a.born] != nodes_of[a.dies]:
+        if a.dies_backward:
             a.dies = last[nodes_of[a.dies]]
 
 

@@ -62,8 +62,8 @@ def _answer(plan: Plan, found: DryRun) -> str:
         fits = f"over the limit of {gib(m.limit)} by {gib(needed - m.limit)}, within the device's {gib(m.capacity)}"
     else:
         fits = f"does not fit: {gib(needed - m.capacity)} more than the device's {gib(m.capacity)}"
-    where = f"{found.phase} of {found.module}" if found.module else f"the {found.phase}" if found.phase == "optimizer" else "outside the modules"
-    site = f", in {found.site}" if found.site else ""
+    where = f"in {found.phase} of {found.module}" if found.module else PHASES.get(found.phase, f"in {found.phase}")
+    site = f", {found.site}" if found.site else ""
     first, last = found.layers
     layers = f"layers {first} to {last - 1}" if last > first else "no layers"
     ran = "every layer and microbatch was run"
@@ -72,7 +72,7 @@ def _answer(plan: Plan, found: DryRun) -> str:
     lines = [f"Peak  {gib(found.peak_bytes)} live on rank {found.rank} of {x.devices}; {fits}"]
     for text in (
         f"with the {gib(reserved_bytes(plan))} that the plan reserves for driver and allocator: {gib(needed)}" if reserved_bytes(plan) else "",
-        f"at {where}: {found.op}{site}",
+        f"{where}: {found.op}{site}",
         f"{plan.model.name}, stage {found.stage} of {x.pp}, {layers}; {x}",
         f"{ran}; {found.seconds:.1f} s",
     ):

@@ -79,6 +79,18 @@ def test_a_shortened_run_is_the_whole(graphs: dict[str, ModelGraph], model: str,
     assert counts(short) == counts(whole)
 
 
+def test_a_shortened_gpipe_is_the_whole(piped: Plan) -> None:
+    """Where every microbatch is in flight at once, what layers hold grows with them, and still extrapolates."""
+    layout = piped.layout.model_copy(update={"schedule": "gpipe"})
+    made = piped.model_copy(update={"solution": piped.solution.model_copy(update={"layout": layout})})
+    short, whole = dry_run(made, 0), dry_run(made, 0, whole=True)
+
+    assert (short.layers_run, short.microbatches_run) < (whole.layers_run, whole.microbatches_run)
+    assert short.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.005)
+    assert short.peak_bytes > dry_run(piped, 0).peak_bytes
+    assert counts(short) == counts(whole)
+
+
 def counts(x: DryRun) -> dict[tuple[str, str, int, str], float]:
     return {(c.op, c.group, c.nbytes, c.phase): c.count for c in x.collectives if c.nbytes > 8}
 

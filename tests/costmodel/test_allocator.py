@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from meshwright.costmodel.allocator import CachingAllocator, Event, coefficients, constants, device_bytes, live_that_fits, needed, replay
+from meshwright.costmodel.allocator import (
+    CachingAllocator,
+    Event,
+    coefficients,
+    constants,
+    device_bytes,
+    live_that_fits,
+    needed,
+    replay,
+    surroundings,
+)
+from meshwright.profiling.cluster import load_device
 
 KIB, MIB = 2**10, 2**20
 
@@ -147,3 +158,38 @@ def test_what_is_needed_lies_between_allocated_and_the_device() -> None:
 def test_older_software_loads_all_kernels() -> None:
     """The context is larger before lazy loading."""
     assert device_bytes(0.0, year=2021).device[0] > device_bytes(0.0, year=2024).device[0]
+
+
+# --- of a device ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("measured", "overhead", "fixed"),
+    [({"reserved_bytes": 3e9, "allocator_overhead": 0.1}, 1.1, 3e9), ({"reserved_bytes": 2e9}, 1.0, 2e9), ({"allocator_overhead": 0.2}, 1.2, 0.0)],
+)
+def test_a_measured_device_is_as_it_was_measured(measured: dict[str, float], overhead: float, fixed: float) -> None:
+    """What was measured stands in place of every constant: p95 has the overhead, the device what is taken before the first tensor."""
+    device = load_device("H100-SXM").model_copy(update=measured)
+    lines = surroundings(device, communicators=3.0, gathered_bytes=5e9, reduced_bytes=5e9)
+    assert [line.at(1e10) for line in lines.reserved] == [1e10, overhead * 1e10]
+    assert [line.at(1e10) for line in lines.device] == [1e10 + fixed, overhead * 1e10 + fixed]
+    assert lines.allocated == lines.reserved
+
+
+def test_a_cpu_takes_live_bytes() -> None:
+    """A CPU has no caching allocator, no context and no communicators: each figure is the live bytes, for arrays too."""
+    groups = np.array([0.0, 3.0])
+    lines = surroundings(load_device("H100-SXM").model_copy(update={"kind": "cpu"}), communicators=groups, gathered_bytes=1e9)
+    for pair in lines:
+        assert [line.at(7.0).tolist() for line in pair] == [[7.0, 7.0], [7.0, 7.0]]
+
+
+def test_a_gpu_is_priced_by_its_generation_with_expandable_segments() -> None:
+    """The workspace is that of the compute capability, segments are expandable, and pools and groups are those of the layout."""
+    hopper = load_device("H100-SXM")
+    around = {"communicators": 2.0, "gathered_bytes": 2e9, "reduced_bytes": 1e9}
+    assert hopper.reserved_bytes is None
+    assert surroundings(hopper, **around) == coefficients(hopper=True, expandable=True, **around)
+    ampere = surroundings(load_device("A100-SXM-80GB"), **around)
+    assert ampere == coefficients(hopper=False, expandable=True, **around)
+    assert ampere.allocated[0].fixed < surroundings(hopper, **around).allocated[0].fixed

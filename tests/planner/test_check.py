@@ -152,8 +152,8 @@ def test_an_op_without_a_model_is_named(run, tiny_llama, monkeypatch: pytest.Mon
 
 def test_infer_takes_the_smallest_tp_that_fits(run) -> None:  # type: ignore[no-untyped-def]
     """auto: tp = 1 if that fits, else the next degree; the rest of the devices are replicas that share the batch."""
-    roomy = run(mode="infer", batch=64)
-    tight = run(mode="infer", batch=64, limit=just_below(roomy, 1000))
+    roomy = run(mode="infer", cluster="8xcpu", batch=64)
+    tight = run(mode="infer", cluster="8xcpu", batch=64, limit=just_below(roomy, 1000))
 
     assert roomy.status == tight.status == "fits"
     assert (roomy.figures.layout.tp, roomy.figures.layout.dp, roomy.figures.layout.micro_batch) == (1, 8, 8)
@@ -163,7 +163,7 @@ def test_infer_takes_the_smallest_tp_that_fits(run) -> None:  # type: ignore[no-
 
 def test_infer_that_does_not_fit(run) -> None:  # type: ignore[no-untyped-def]
     """A held degree that does not fit is answered with one that does."""
-    found = run(mode="infer", batch=64, plan={"tp": 1}, limit=just_below(run(mode="infer", batch=64), 1000))
+    found = run(mode="infer", cluster="8xcpu", batch=64, plan={"tp": 1}, limit=just_below(run(mode="infer", cluster="8xcpu", batch=64), 1000))
 
     assert found.status == "does_not_fit"
     assert [s.change for s in found.nearest][0] == "tp=2"

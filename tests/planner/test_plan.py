@@ -149,3 +149,16 @@ def test_a_failed_save_leaves_the_old_plan(plan: Plan, tmp_path: Path, monkeypat
     plan.save(path)
     assert Plan.load(path).to_json() == plan.to_json()
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_figures_of_memory_are_ordered(plan: Plan) -> None:
+    """What torch calls allocated is within what it calls reserved, and that within what the driver sees, which is the peak."""
+    data = json.loads(plan.to_json())["prediction"]["memory_bytes"]
+    allocated, reserved, device = (data["by_metric"][name] for name in ("allocated", "reserved", "device"))
+    for quantile in ("p50", "p95"):
+        assert 0 < allocated[quantile] <= reserved[quantile] <= device[quantile]
+        assert device[quantile] == data["peak"][quantile]
+    assert all(metric["p50"] <= metric["p95"] for metric in data["by_metric"].values())
+    live = sum(v for k, v in data["by_kind"].items() if k != "reserved")
+    assert live <= allocated["p50"]
+    assert device["p50"] == pytest.approx(live + data["by_kind"]["reserved"])

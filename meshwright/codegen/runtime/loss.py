@@ -1,5 +1,6 @@
 """Losses: the model's own on whole outputs, and cross-entropy on logits whose classes are sharded."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,11 +8,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def cross_entropy(output: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in fp32 over every position. output [..., classes], labels [...]"""
     return F.cross_entropy(output.float().flatten(0, -2), labels.flatten())
+
+
+def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, chunks: int) -> Tensor:
+    """cross_entropy of head(hidden) over parts of the rows, each computed again in backward, so that logits exist for one part at a time.
+
+    hidden [..., width], labels [...] of whole numbers; head [rows, width] -> [rows, classes].
+    """
+
+    def part(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), wanted, reduction="sum")
+
+    rows, wanted = hidden.flatten(0, -2), labels.flatten()
+    parts = zip(rows.chunk(chunks), wanted.chunk(chunks), strict=True)
+    return torch.stack([checkpoint(part, r, w, use_reentrant=False) for r, w in parts]).sum() / len(wanted)
 
 
 def mse(output: Tensor, labels: Tensor) -> Tensor:

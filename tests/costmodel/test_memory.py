@@ -1,0 +1,199 @@
+"""The memory model against the dry run, on random pairs of benchmarks/memory.py, and bytes of single blocks by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SEQ, TINY
+from transformers import LlamaConfig
+
+from meshwright.costmodel.memory import block_memory
+from meshwright.planner.plan import Layout, Workload
+from meshwright.planner.search import Search
+from meshwright.planner.space import Space, shard_model
+from meshwright.profiling.cluster import parse_cluster
+from meshwright.profiling.graph import Block, ModelGraph
+from meshwright.profiling.trace import trace
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS, SEED, BAR = 40, 0, 0.02
+
+
+# --- against the dry run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    """benchmarks/memory.py, which is no package."""
+    spec = importlib.util.spec_from_file_location("benchmarks_memory", ROOT / "benchmarks" / "memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def drawn(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
+    """What the benchmark draws as its n-th pair of small models, checked when it is asked for."""
+    draw = benchmark.Draw(SEED, tmp_path_factory.mktemp("pairs"), 0.0)
+    check, asked = benchmark.check, []
+
+    def nth(n: int) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(benchmark, "check", lambda *of: of)
+            while len(asked) <= n:
+                asked.append(draw.pair())
+        return check(*asked[n])
+
+    return nth
+
+
+def told(benchmark: ModuleType, pair: Any) -> str:
+    out = io.StringIO()
+    benchmark.show(pair, out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("n", range(PAIRS))
+def test_random_pairs_are_within_two_percent(benchmark: ModuleType, drawn: Callable[[int], Any], n: int) -> None:
+    """Live bytes of a random stage of a random layout of a random small model are those of the dry run."""
+    pair = drawn(n)
+    assert abs(pair.error) <= BAR, told(benchmark, pair)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("llama-3.1-8b", {"tp": 1, "pp": 1, "dp": 8, "zero": 3, "recompute": "full"}),
+        ("qwen3-32b", {"tp": 2, "sp": True, "pp": 4, "dp": 1, "zero": 0, "recompute": "selective"}),
+    ],
+)
+def test_large_models_are_within_two_percent(benchmark: ModuleType, model: str, layout: dict[str, Any]) -> None:
+    """The same of two models of examples/models on eight GPUs, the first stage."""
+    graph = trace(str(ROOT / "examples" / "models" / f"{model}.json"), seq=2048, precision="bf16")
+    cluster = benchmark.boundless(parse_cluster("8xH100-SXM"))
+    workload = Workload(global_batch=32, seq=2048, precision="bf16")
+    pair = benchmark.check(graph, cluster, workload, Layout(micro_batch=1, **layout), 0)
+    assert abs(pair.error) <= BAR, told(benchmark, pair)
+
+
+# --- blocks by hand ---------------------------------------------------------------------------------------------------------
+
+
+def llama(folder: Path, **more: Any) -> ModelGraph:
+    config = LlamaConfig(**{**TINY, **more})
+    config.architectures = ["LlamaForCausalLM"]
+    path = folder / "llama.json"
+    path.write_text(json.dumps(config.to_dict(), default=str))
+    return trace(str(path), seq=SEQ, precision="bf16")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelGraph:
+    """The tiny Llama in bf16 with a vocabulary beside which nothing else weighs."""
+    return llama(tmp_path_factory.mktemp("models"), vocab_size=65536)
+
+
+def head_of(graph: ModelGraph) -> Block:
+    return graph.blocks[graph.sequence[-1].block]
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_the_loss_takes_its_bytes_of_each_logit(wide: ModelGraph, tp: int) -> None:
+    """Plain: 12 bytes a logit at the backward of log-softmax, its result and two gradients in fp32. On shards of the vocabulary: 10 a
+    local logit at the end of its forward, the logits in bf16 and two in fp32, and less in backward, which is in place."""
+    (head,) = (s for s in shard_model(wide, tp, False) if s.block is head_of(wide))
+    one, nine = block_memory(head, np.array([1, 9])).__dict__, 8 * SEQ * 65536 / tp
+    grown = {name: (v[1] - v[0]) / nine for name, v in one.items() if name in ("forward", "backward", "output", "saved")}
+    assert grown["output"] == pytest.approx(2)
+    assert max(grown["forward"], grown["backward"]) == pytest.approx(12 if tp == 1 else 10, rel=0.01)
+    if tp > 1:
+        assert grown["backward"] < grown["forward"]
+
+
+def test_a_tied_table_counts_once(wide: ModelGraph, tmp_path: Path) -> None:
+    """With one stage the embedding's table is the head's: a model holds it once, and in a pipeline each end holds one."""
+    tied = llama(tmp_path, vocab_size=65536, tie_word_embeddings=True)
+    table = 65536 * TINY["hidden_size"]
+
+    def numel(graph: ModelGraph, pp: int) -> float:
+        cluster = parse_cluster("2xH100-SXM")
+        space = Space(graph, cluster, Workload(global_batch=4, seq=SEQ, precision="bf16"), {"pp": pp, "tp": 1, "zero": 0, "dp": 2 // pp})
+        search = Search(space, 1e15)
+        return float(search.bound.stage_memory(search.arrays, 0).b.padded.sum())
+
+    assert numel(wide, 1) - numel(tied, 1) == table
+    assert numel(wide, 2) == numel(tied, 2)
+    assert numel(tied, 1) == tied.numel
+
+
+def test_what_recompute_keeps(wide: ModelGraph) -> None:
+    """Full recompute keeps a layer's input, of bf16; selective also what matmuls and attention made, and no more than none keeps."""
+    layer = next(s for s in shard_model(wide, 1, False) if s.block.repeated)
+    memory = block_memory(layer, np.array([1, 4]))
+    width, kv = TINY["hidden_size"], 2 * TINY["hidden_size"] * TINY["num_key_value_heads"] / TINY["num_attention_heads"]
+    carry = np.array([1, 4]) * SEQ * width * 2
+    assert memory.kept("full").tolist() == memory.carry.tolist() == carry.tolist()
+    # q, k, v, attention, its output, and the three of the MLP; the log-sum-exp in fp32 of each head
+    made = SEQ * (2 * (3 * width + kv + 2 * TINY["intermediate_size"] + width) + 4 * TINY["num_attention_heads"])
+    assert memory.kept("selective")[0] == pytest.approx(made + carry[0])
+    assert (memory.kept("full") < memory.kept("selective")).all()
+    assert (memory.kept("selective") <= memory.kept("none") + carry).all()
+    assert memory.again("none").tolist() == [0, 0]
+
+
+def test_a_block_never_holds_less_than_it_keeps(wide: ModelGraph) -> None:
+    """While a block runs it holds what it leaves, and bytes grow with the microbatch by as much for each sample."""
+    for tp, sp in ((1, False), (2, False), (2, True)):
+        for sharded in shard_model(wide, tp, sp):
+            memory = block_memory(sharded, np.array([1, 2, 3]))
+            assert (memory.forward >= memory.saved).all()
+            assert (memory.backward >= memory.saved).all()
+            assert (memory.backward >= memory.backward_in_place).all()
+            for values in (getattr(memory, f.name) for f in dataclasses.fields(memory)):
+                if isinstance(values, np.ndarray) and values.shape == (3,):
+                    assert values[2] - values[1] >= -1e-6
+
+
+def test_rows_are_padded_to_equal_shares(wide: ModelGraph) -> None:
+    """FSDP pads the rows of each parameter to a multiple of the ranks: on 7, a layer's 64 rows become 70, its 128 become 133."""
+    layer = next(s for s in shard_model(wide, 1, False) if s.block.repeated)
+    memory = block_memory(layer, np.array([1]))
+    expected = sum(-(-p.shape[0] // 7) * 7 * p.numel / p.shape[0] for p in layer.block.params)
+    assert memory.padded(7) == expected
+    assert memory.padded(1) == memory.numel == sum(p.numel for p in layer.block.params)
+
+
+def test_tensor_parallelism_divides_what_is_kept(wide: ModelGraph) -> None:
+    """On four ranks with sequence parallelism each keeps a quarter of what one alone keeps of a layer, and the rest of the two tensors that
+    it gathered for the attention and the MLP."""
+    keeps = {}
+    for tp in (1, 4):
+        layer = next(s for s in shard_model(wide, tp, tp > 1) if s.block.repeated)
+        one, two = block_memory(layer, np.array([1, 2])).saved
+        keeps[tp] = two - one
+    assert keeps[4] == keeps[1] / 4 + 2 * 3 / 4 * SEQ * TINY["hidden_size"] * 2
+
+
+def test_every_layout_holds_its_parameters(tiny_llama: ModelGraph) -> None:
+    """Live bytes of every layout are finite, and more than its parameters and their state take on the average rank."""
+    space = Space(tiny_llama, parse_cluster("4xH100-SXM"), Workload(global_batch=8, seq=SEQ, precision="fp32"))
+    search = Search(space, 1e15)
+    for i, x in enumerate(search.layouts):
+        live, _ = search.stages(i).least_memory()
+        shards = x.dp if x.zero else 1
+        assert np.isfinite(live)
+        assert live > 12 * tiny_llama.numel / x.tp / x.pp / shards
