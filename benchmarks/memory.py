@@ -174,6 +174,8 @@ def main() -> None:
         draw = Draw(args.seed, Path(folder), args.large)
         for i in range(args.pairs):
             pairs.append(draw.pair())
+            if abs(pairs[-1].error) > BAR:
+                show(pairs[-1], sys.stderr)
             if (i + 1) % 10 == 0:
                 print(f"{i + 1} of {args.pairs}, worst {100 * max(abs(p.error) for p in pairs):.2f} %", file=sys.stderr, flush=True)
     table: dict[str, list[float]] = defaultdict(list)

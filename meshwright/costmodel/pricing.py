@@ -63,7 +63,7 @@ def _local(op: Op, sharded: ShardedBlock) -> tuple[float, float, float, float]:
     state = sharded.states.get(op.name, "I")
     if state == "P":
         return 1.0, 1.0, 1.0, share
-    dim = int(state[1:]) if state.startswith("S") else 0
+    dim = int(state[1:].partition("x")[0]) if state.startswith("S") else 0  # "S1x3": inside each of three pieces
     rank = len(op.outputs[0].shape)
     if dim == rank - 1:
         return 1.0, 1.0, share, 1.0

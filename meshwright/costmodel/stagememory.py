@@ -163,6 +163,7 @@ class StageMemory:
         c = x.compute_bytes * x.fsdp
         flying = self.flying(stage)
         kept = between("kept") + (self.b.side if stage else 0.0) + self.returned(end, stage)
+        kept = kept + (self.b.output if x.pp > 1 and stage == x.pp - 1 else 0.0)
         gradients: Any = 0.0
         if x.microbatches > 1 and not x.first:
             gradients = REDUCED * (between("numel") if x.sums_whole else between("padded") / x.shards)
@@ -268,7 +269,7 @@ class StageMemory:
             gone = 0.0 * s["layers"] if reduces else REDUCED * (s["layers"] - s["layers_padded"] / shards)
             parts = {
                 "activations": before, "temporaries": new + b.carry + after["temporaries"], "gradients": after["gradients"] + gone[1:],
-                "communication": REDUCED * b.padded, "gathered": after["gathered"],
+                "communication": REDUCED * b.padded, "gathered": freed[:-1],  # its own too
             }  # fmt: skip
             reduce = const({})
             reduce["gradients"] = reduce["gradients"] - gone[end]
@@ -316,7 +317,7 @@ class StageMemory:
     def live(self, first: Any, last: Any, stage: int) -> Any:
         """Peak live bytes of layers [first, last) as `stage`; numbers or arrays."""
         begin, end = self.span(first, last, stage)
-        if self._first is not None and stage < self.x.pp - 1 and self._first.flying(stage) > self.flying(stage):
+        if self._first is not None and self._first.flying(stage) > self.flying(stage):
             return np.maximum(self._live(begin, end, stage), self._first._live(begin, end, stage))
         return self._live(begin, end, stage)
 

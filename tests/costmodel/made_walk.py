@@ -105,9 +105,10 @@ class Step:
         if not (last or x.zero >= 2):  # no reduction: the gradient is kept whole, in fp32
             if group in self.sums:  # added to it
                 a.free(*self.fresh(group))
-            elif x.mixed:
-                a.make(("sum", group), 4 * self.of(group, self.b.numel))
+            elif x.mixed:  # one by one
                 a.free(*self.fresh(group))
+                a.make(("sum", group), 4 * self.of(group, self.b.numel))
+                a.touch(("gradient", "last"), c * self.last_numel(group))
             else:  # the gradient itself, to which the next is added in place
                 a.free(*self.fresh(group))
                 a.make(("sum", group), 4 * self.of(group, self.b.numel))
@@ -151,6 +152,8 @@ class Step:
             if x.fsdp and b.layer[j]:
                 self.unshard(j)
                 self.wait(j, True)
+            if not b.layer[j] and self.layers and j > self.layers[-1]:
+                self.forget()  # its most is at the loss, which is outside the model
             a.touch("work", float(b.forward[j]))
             a.make(("kept", j), float(b.kept[j]))
             if x.fsdp and b.layer[j] and x.zero == 3:

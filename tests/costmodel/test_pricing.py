@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -67,6 +70,23 @@ def test_backward_of_a_product_is_its_two_products(costs: CostModel, graph: Mode
     assert got.backward[0, i] == pytest.approx(float(expected[0]) / IN_STEP, rel=1e-6)
 
 
+def test_packed_projections_are_priced(costs: CostModel, tmp_path: Path) -> None:
+    """A product whose columns are split inside each of three pieces (GPT-2's q, k and v) is divided like any other column-parallel one."""
+    path = tmp_path / "config.json"
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}
+    path.write_text(json.dumps(config))
+    layer = next(b for b in shard_model(trace(str(path), seq=64, precision="bf16"), 2, False) if b.block.repeated)
+    ops = layer.block.ops
+    packed = next(i for i, op in enumerate(ops) if op.kind == "matmul" and layer.states.get(op.name, "").endswith("x3"))
+
+    got = price_ops(layer, load_device("H100-SXM"), np.array([1]), costs)
+
+    op = ops[packed]
+    m, n, k = (np.array([float(x)]) for x in (64, op.dims["n"] / 2, op.dims["k"]))
+    expected = costs.seconds("gemm", dtype="bf16", m=m, n=n, k=k) * misalignment(load_device("H100-SXM"), "bf16", n, k) / IN_STEP
+    np.testing.assert_allclose(got.forward[:, packed], expected)
+
+
 def test_odd_sizes_cost_more() -> None:
     device, k = load_device("H100-SXM"), np.full(4, 4096.0)
 
@@ -116,7 +136,7 @@ def test_ranks_that_share_cores_slow_each_other_but_not_while_they_wait(graph: M
         node = cluster.nodes[0]
         shared = cluster.model_copy(update={"nodes": (node.model_copy(update={"device": node.spec.model_copy(update={"cores": cores})}),)})
         one = np.array([1])
-        layouts = Layouts(one, one * 0, one * pp, one * (4 // pp), one * 0, one, one * microbatches, one * 0)
+        layouts = Layouts(one, one * 0, one * pp, one * (4 // pp), one * 0, one, one * microbatches, one * 0, one * 0)
         bound = Bound(graph, type(cluster)(name="c", nodes=shared.nodes), {(1, False): [ShardedBlock.whole(b) for b in graph.blocks]}, [1])
         return float(bound._crowding(layouts)[0])
 
