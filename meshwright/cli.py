@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -320,9 +321,11 @@ def _print(text: str) -> None:
 
 
 class _progress:
-    """A line on stderr that says what is going on; on a terminal, a spinner."""
+    """A line on stderr that says what is going on; on a terminal, a spinner. What a model prints goes there too: stdout is for results."""
 
     def __enter__(self) -> Any:
+        self.aside = contextlib.redirect_stdout(sys.stderr)
+        self.aside.__enter__()
         console = Console(stderr=True)
         self.status = console.status("", spinner="dots") if console.is_terminal else None
         if self.status:
@@ -340,6 +343,7 @@ class _progress:
     def __exit__(self, *_: object) -> None:
         if self.status:
             self.status.stop()
+        self.aside.__exit__(None, None, None)
 
 
 def main() -> None:

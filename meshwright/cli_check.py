@@ -81,6 +81,10 @@ def diff(
     targets = _targets([f"text:{output}"] if output else [])
     base = CheckReport.load(compare_to)
     now = CheckReport.load(path) if path else _run(read_config(find_config(config)).only(name), None, "", partial=bool(name))
+    known = [r.name for r in (*now.results, *base.results)]
+    unknown = next((n for n in name if n not in known), None)
+    if unknown is not None:
+        raise InputError(f"neither report has a check {unknown!r}: they have {', '.join(map(repr, dict.fromkeys(known)))}")
     if name:
         base, now = _only(base, name), _only(now, name)
     text = check_diff.render_diff(base, now, format_)
@@ -118,7 +122,7 @@ def comment(
         return
     repo = repo or os.environ.get("GITHUB_REPOSITORY", "")
     told = post(
-        report, repo=repo, number=pull_request, api=os.environ.get("GITHUB_API_URL", ""), token=os.environ.get("GITHUB_TOKEN", ""),
+        report, repo=repo, number=pull_request, api=os.environ.get("GITHUB_API_URL", ""), token=os.environ.get("GITHUB_TOKEN", "").strip(),
         http=over_https, behavior=behavior, tag=tag,
     )  # fmt: skip
     print(told)

@@ -115,9 +115,7 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
     backward, again_in_place = (x[:, turn:].max(axis=1, initial=0.0) for x in (held, in_place))
     incoming = _value_bytes(block.outputs[0], sharded, b) if block.outputs and loss is None else np.zeros(len(b))
     backward, again_in_place = backward + incoming, again_in_place + incoming
-    # recompute stops when the last op that saves something is about to run: what it and later ones made stays in the cache
-    last = max((i for i, op in enumerate(block.ops) if op.saved.at(1) > 0), default=len(block.ops))
-    late = {op.name for op in block.ops[last:]}
+    late = {op.name for op in block.ops[last_needed(block) + 1 :]}  # what they made stays in the cache
     kept = unasked = np.zeros(len(b))
     for name, made in _kept_outputs(sharded, b):
         kept = kept + made
@@ -131,6 +129,12 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
         numel=sum(rows * row for rows, row in shapes.values()), shapes=shapes,
         buffers=float(sum(p.numel * DTYPE_BYTES.get(p.dtype, 4) for p in block.buffers)),
     )  # fmt: skip
+
+
+def last_needed(block: Block) -> int:
+    """The last op whose result the block's own backward needs, where recompute stops (torch's checkpoint stops early); -1 if none."""
+    returned = block.outputs[0].partition(":")[0] if block.outputs and block.repeated else ""  # another layer's backward needs that
+    return max((i for i, op in enumerate(block.ops) if op.saved.at(1) > 0 and op.name != returned), default=-1)
 
 
 def _live(nbytes: np.ndarray, born: np.ndarray, dies: np.ndarray, steps: int) -> np.ndarray:
@@ -149,7 +153,9 @@ def _copies(sharded: ShardedBlock, b: np.ndarray, steps: int) -> np.ndarray:
     for s in sharded.block.storages:
         times.setdefault((s.op, s.backward), []).append(s.born)
     for c in sharded.collectives:
-        at = times.get((c.value.partition(":")[0], c.phase == "backward"))
+        made = sharded.block.by_name.get(c.value.partition(":")[0])
+        made = next((op for op in _upwards(sharded.block, made, itself=True) if op.kind != "view"), None) if made is not None else None
+        at = times.get((made.name if made is not None else "", c.phase == "backward"))
         if at is None:  # of what enters the block: at its beginning, or at the end of its backward
             begin = end = 0 if c.phase == "forward" else max(steps - 2, 0)
         elif c.phase == "forward":
@@ -210,8 +216,10 @@ def _of_logits(block: Block, loss: Op) -> Iterator[Op]:
             return
 
 
-def _upwards(block: Block, op: Op) -> Iterator[Op]:
-    """The ops that made an op's first input, from the nearest on."""
+def _upwards(block: Block, op: Op, itself: bool = False) -> Iterator[Op]:
+    """The ops that made an op's first input, from the nearest on; before them the op `itself`."""
+    if itself:
+        yield op
     while op.inputs and (source := block.by_name.get(op.inputs[0].partition(":")[0])) is not None:
         yield source
         op = source

@@ -15,6 +15,7 @@ is one); a layer's gradients are reduced; those outside the layers are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -90,6 +91,7 @@ class Moment:
     begin: Any = 0
     end: Any = 0  # no block if end <= begin
     needs: Any = True  # where the moment exists
+    idle: bool = False  # no microbatch is in flight
 
 
 class RangeMax:
@@ -217,7 +219,7 @@ class StageMemory:
             }
 
         # the last backward of a step frees what was gathered, layer by layer
-        frees = x.fsdp and x.pp == 1 and x.zero < 3 and x.microbatches <= 2
+        frees = x.fsdp and x.pp == 1 and x.zero < 3 and x.microbatches <= 2 and not x.first
         freed = c * s["layers_padded"] if frees else 0.0 * s["layers"]
         after = {"temporaries": -root_grads * s["root"][1:] - c * s["tied"][1:], "gradients": -REDUCED * grown[1:], "gathered": freed[1:]}
         running = np.where(b.layer, b.padded, 0.0) * c * zero3
@@ -237,19 +239,32 @@ class StageMemory:
 
         zeros = np.zeros(n)
         forward = {
-            "activations": before + np.minimum(b.kept, b.forward), "temporaries": b.forward - np.minimum(b.kept, b.forward), "gathered": running,
+            "activations": before + np.minimum(b.kept, b.forward), "gathered": running,
+            "temporaries": np.maximum(b.forward, flat) - np.minimum(b.kept, b.forward),  # or the flat buffer of the layer before
             "communication": running * (shards > 1),
         }  # fmt: skip
+        root_flat = c * between(s["root_padded"]) * zero3 * (shards > 1)
         sums = const({})
         sums["temporaries"] = sums["temporaries"] + sums_tied
+        # whether there is a backward that is neither the first nor the last
+        between_steps = not (x.fsdp and x.sums_whole and x.pp == 1 and x.microbatches == 2 and not x.first)
         found = [
             Moment("forward", {"activations": -s["kept"][begin], "communication": leftover}, forward, begin, end),
+            Moment("forward", {"activations": -s["kept"][begin], "communication": leftover + root_flat}, forward, begin, low),
+            Moment(  # the first layer is gathered while the root's buffer is there
+                "forward",
+                {
+                    "activations": s["kept"][low] - s["kept"][begin], "gathered": c * b.padded[low] * zero3,
+                    "communication": leftover + root_flat + c * b.padded[low] * zero3 * (shards > 1),
+                },
+                needs=some,
+            ),
             Moment("backward", const({"communication": leftover}), score(zeros), high + 1, end),  # after the layers: the loss
             Moment("backward", const({"communication": leftover - arrived}), score(zeros), high, high + 1, some),
-            Moment("backward", const({"communication": leftover - arrived}), score(flat), high, high + 1, some & (high > low)),
-            Moment("backward", const({}), score(flat + reading), low + 1, high),
-            Moment("backward", const({}), score(reading), low, low + 1, some & (high > low)),
-            Moment("backward", sums, score(reading), begin, low),  # before the layers
+            Moment("backward", const({"communication": leftover - arrived}), score(flat), high, high + 1, some & (high > low) & between_steps),
+            Moment("backward", const({}), score(flat + reading), low + 1, high, between_steps),
+            Moment("backward", const({}), score(reading), low, low + 1, some & (high > low) & between_steps),
+            Moment("backward", sums, score(reading), begin, low, between_steps),  # before the layers
         ]
         if x.fsdp and x.sums_whole and x.pp == 1 and not x.first:  # the last backward of a step, which reduces and frees layer by layer
             above = REDUCED * np.where(self._above >= 0, b.padded[self._above], 0.0)
@@ -262,16 +277,18 @@ class StageMemory:
             found.append(Moment("backward", sums_last, last, begin, low))
             without = {**sums_last, "temporaries": sums["temporaries"] - sums_tied}
             found.append(Moment("backward", without, last, low, high))
-        if x.fsdp and (reduces or x.pp == 1):
+        if x.fsdp and (reduces or x.pp == 1 and not x.first):
             # the buffer is filled from the gradients, which go before the reduced ones come
             held = c * b.last_numel * (shards > 1)
             new = np.maximum(c * b.numel, held + REDUCED * b.padded / shards) if reduces else self._late(b.numel, b.padded, b.last_numel)
             gone = 0.0 * s["layers"] if reduces else REDUCED * (s["layers"] - s["layers_padded"] / shards)
+            ends = frees or (x.sums_whole and x.pp == 1)  # gathered parameters go before their gradients are reduced
+            freed = c * s["layers_padded"] if ends else 0.0 * s["layers"]
             parts = {
                 "activations": before, "temporaries": new + b.carry + after["temporaries"], "gradients": after["gradients"] + gone[1:],
                 "communication": REDUCED * b.padded, "gathered": freed[:-1],  # its own too
             }  # fmt: skip
-            reduce = const({})
+            reduce = const({"gathered": -freed[end]})
             reduce["gradients"] = reduce["gradients"] - gone[end]
             found.append(Moment("reduction", reduce, parts, low, np.where(some, high + 1, low)))
             if zero3:
@@ -287,15 +304,15 @@ class StageMemory:
                         if reduces
                         else self._late(root, padded, self._last_root(begin, end)),
                         "communication": REDUCED * padded, "gradients": done, "activations": 0.0 * root + output,
-                        "gathered": -c * padded if zero3 else -freed[end] + freed[begin] - c * padded * frees,
+                        "gathered": -c * padded if zero3 else -freed[end] + freed[begin] - c * padded * ends,
                     },
                 )
             )  # fmt: skip
         if x.fsdp and not reduces and x.pp > 1:  # a pipeline reduces when all its microbatches are done, the root first
-            activations, padded = self.base(begin, end, stage)["activations"], between(s["root_padded"])
+            padded = between(s["root_padded"])
             late = self._late(between(s["root"]), padded, self._last_root(begin, end))
-            parts = {"activations": -activations, "gathered": -c * padded, "communication": REDUCED * padded, "temporaries": late}
-            found.append(Moment("reduction", parts))
+            parts = {"gathered": -c * padded, "communication": REDUCED * padded, "temporaries": late}
+            found.append(Moment("reduction", parts, idle=True))
         if x.first and x.fsdp and not reduces:  # the first backward leaves fp32 sums where there were none
             last_root = c * self._last_root(begin, end)
             found.append(Moment("accumulation", {"gradients": REDUCED * between(s["numel"]), "activations": output, "temporaries": last_root}))
@@ -316,19 +333,43 @@ class StageMemory:
 
     def live(self, first: Any, last: Any, stage: int) -> Any:
         """Peak live bytes of layers [first, last) as `stage`; numbers or arrays."""
-        begin, end = self.span(first, last, stage)
-        if self._first is not None and self._first.flying(stage) > self.flying(stage):
-            return np.maximum(self._live(begin, end, stage), self._first._live(begin, end, stage))
-        return self._live(begin, end, stage)
+        return self._live_of(first, last, [stage])[0]
+
+    def live_of_stages(self, first: Any, last: Any) -> list[Any]:
+        """The same as each stage in turn."""
+        return self._live_of(first, last, range(self.x.pp))
+
+    def _live_of(self, first: Any, last: Any, stages: Iterable[int]) -> list[Any]:
+        heights: dict[tuple[bool, bool, bool], tuple[Any, Any]] = {}  # above what is always there: the stages between the ends are alike
+
+        def live(memory: StageMemory, stage: int, begin: Any, end: Any) -> Any:
+            kind = (memory.x.first, stage == 0, stage == self.x.pp - 1)
+            if kind not in heights:
+                busy, idle = np.full(np.shape(begin), -np.inf), np.full(np.shape(begin), -np.inf)
+                for m in memory.moments(begin, end, stage):
+                    if m.idle:
+                        idle = np.maximum(idle, memory._height(m))
+                    else:
+                        busy = np.maximum(busy, memory._height(m))
+                heights[kind] = busy, idle
+            base = memory.base(begin, end, stage)
+            total = sum(base.values())
+            return np.maximum(total + heights[kind][0], total - base["activations"] + heights[kind][1])
+
+        found = []
+        for stage in stages:
+            begin, end = self.span(first, last, stage)
+            peak = live(self, stage, begin, end)
+            two = self.x.pp == 1 and self.x.microbatches == 2 and self.x.fsdp  # no backward of two is like a later one
+            if self._first is not None and (two or self._first.flying(stage) > self.flying(stage)):
+                peak = np.maximum(peak, live(self._first, stage, begin, end))
+            found.append(peak)
+        return found
 
     @cached_property
     def _first(self) -> StageMemory | None:
         """The first backward of a pipeline, when every microbatch may be in flight; None if there is but one backward."""
         return StageMemory(self.b, replace(self.x, first=True)) if self.x.microbatches > 1 and not self.x.first else None
-
-    def _live(self, begin: Any, end: Any, stage: int) -> Any:
-        base = sum(self.base(begin, end, stage).values())
-        return base + np.max([np.broadcast_to(v, np.shape(begin)) for v in (self._height(m) for m in self.moments(begin, end, stage))], axis=0)
 
     def _height(self, m: Moment) -> Any:
         total = sum(m.parts.values())
@@ -339,12 +380,13 @@ class StageMemory:
     def peak(self, first: int, last: int, stage: int) -> tuple[str, int, dict[str, float]]:
         """The moment of the peak, its block, and its bytes by category."""
         begin, end = self.span(first, last, stage)
-        if float(self.live(first, last, stage)) > float(self._live(begin, end, stage)) and self._first is not None:
-            return self._first.peak(first, last, stage)
-        begin, end = self.span(first, last, stage)
         base = self.base(begin, end, stage)
-        moments = self.moments(begin, end, stage)
-        best = max(moments, key=lambda m: float(self._height(m)))
+        heights = [(float(self._height(m) - base["activations"] * m.idle), m) for m in self.moments(begin, end, stage)]
+        height, best = max(heights, key=lambda x: x[0])
+        if self._first is not None and float(self.live(first, last, stage)) > sum(base.values()) + height:
+            return self._first.peak(first, last, stage)
+        if best.idle:
+            base = {**base, "activations": 0.0}
         at, parts = int(end) - 1, dict(best.parts)
         if best.scores:
             total = np.asarray(sum(best.scores.values()), float)

@@ -20,7 +20,7 @@ import numpy as np
 
 from meshwright.costmodel import collectives, constants
 from meshwright.costmodel.allocator import Coefficients, surroundings
-from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED, SAVED_KINDS, BlockMemory, block_memory
+from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED, SAVED_KINDS, BlockMemory, block_memory, last_needed
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.pricing import price_ops
 from meshwright.costmodel.sharded import ShardedBlock
@@ -149,8 +149,7 @@ class Bound:
         self.basis.update(priced.basis)
         forward, backward = priced.forward, priced.backward
         ops = sharded.block.ops
-        # recompute stops at the last op that backward needs something of (torch's checkpoint stops early)
-        last = max((i for i, op in enumerate(ops) if op.saved.at(1) > 0), default=-1)
+        last = last_needed(sharded.block)
         again = np.array([i <= last for i in range(len(ops))])
         cheap = again & np.array([op.kind not in SAVED_KINDS for op in ops])
         zero = np.zeros(len(self.batches))

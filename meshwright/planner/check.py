@@ -216,7 +216,7 @@ class CheckReport(_Model):
         """A saved report. InputError, one sentence, if it is not one."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         except FileNotFoundError:
             raise InputError(f"the report {path} does not exist") from None
         except OSError as e:
@@ -229,6 +229,10 @@ class CheckReport(_Model):
             return cls.model_validate(data)
         except ValidationError as e:
             raise InputError(f"the report {path}: {first_error(e)}") from None
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
 
 
 # --- against a base ----------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class CheckSpec(BaseModel):
     @classmethod
     def _not_absurd(cls, value: int | None) -> int | None:
         if value is not None and value > 10**9:
-            raise ValueError(f"it is at most 1,000,000,000, not {value:.3g}")
+            raise ValueError("it is at most 1,000,000,000")
         return value
 
     @field_validator("plan")
@@ -216,7 +216,7 @@ def _mistake(e: ValidationError) -> str:
         return f"{key}: must be text{' or a table' if key in ('plan', 'cluster') else ''}"
     words = first_error(e)
     if key == "cluster":
-        words = words.replace(".Cluster", "")
+        words = re.sub(r"^cluster\.[^:]*?\bCluster\]?", "cluster", words)
     return " ".join(words.split())[:300]
 
 

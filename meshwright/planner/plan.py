@@ -270,6 +270,8 @@ class Plan(_Model):
             data = json.loads(text)
         except json.JSONDecodeError as e:
             raise InputError(f"{where} is not JSON: {e}") from None
+        except (ValueError, RecursionError) as e:  # a number of thousands of digits, values nested too deep
+            raise InputError(f"{where} is not JSON that can be read: {type(e).__name__}") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise InputError(f"{where} is not a plan of schema {SCHEMA!r} (found {found!r})")
@@ -291,6 +293,8 @@ class Plan(_Model):
             return cls.from_json(path.read_text(), str(path))
         except UnicodeDecodeError:
             raise InputError(f"plan {path} is not text") from None
+        except OSError as e:
+            raise InputError(f"plan {path} cannot be read: {e.strerror}") from None
 
     def verify(self) -> list[str]:
         """What contradicts itself, each as "where: what"; empty for a sound plan."""
@@ -424,11 +428,13 @@ def _verify_prediction(plan: Plan) -> list[str]:
         ("prediction.time_s", p.time_s, p.step_s.p50),
         ("prediction.memory_bytes.by_kind", m.by_kind, m.peak.p50),
     ):
-        if abs(sum(parts.values()) - total) > 1e-6 * total:
+        if not abs(sum(parts.values()) - total) <= 1e-6 * total:  # nor is what is no number
             out.append(f"{where}: its parts add up to {sum(parts.values()):g}, not {total:g}")
-    if m.peak.p95 > m.limit:
+    if not 0 <= m.peak_stage < plan.layout.pp:
+        out.append(f"prediction.memory_bytes.peak_stage: there is no stage {m.peak_stage} of {plan.layout.pp}")
+    if not m.peak.p95 <= m.limit:
         out.append(f"prediction.memory_bytes: peak {m.peak.p95:g} (p95) is over the limit {m.limit:g}")
-    if m.limit > m.capacity:
+    if not m.limit <= m.capacity:
         out.append(f"prediction.memory_bytes.limit: {m.limit:g} is over the capacity {m.capacity:g}")
     s = plan.solver
     if s.space != s.pruned_by_memory + s.pruned_by_bound + s.evaluated:

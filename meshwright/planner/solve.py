@@ -43,6 +43,7 @@ from meshwright.profiling.loading import read_config
 from meshwright.profiling.trace import trace
 from meshwright.version import __version__
 
+MOST = 10**9  # samples, tokens or layouts that can be asked for
 Progress = Callable[[str], None]
 
 
@@ -118,6 +119,8 @@ def plan(
     for name, value in (("global batch", global_batch), ("sequence length", seq), ("number of layouts to show", top)):
         if value < 1:
             raise InputError(f"the {name} must be at least 1, not {value}")
+        if value > MOST:
+            raise InputError(f"the {name} is at most {MOST:,}")
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer {optimizer!r} is not known: it is one of {', '.join(OPTIMIZERS)}")
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster

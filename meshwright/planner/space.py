@@ -32,6 +32,8 @@ def parse_fix(text: str) -> dict[str, Any]:
         key = _ALIASES.get(key.strip(), key.strip())
         if not equals or key not in FIXABLE:
             raise InputError(f"--fix {part!r}: write one of {', '.join(FIXABLE)} with a value, like tp=8")
+        if key in fixed:
+            raise InputError(f"--fix {text!r}: {key} is there twice")
         fixed[key] = _fixed_value(key, value.strip())
     return fixed
 

@@ -60,7 +60,8 @@ class Stages:
         ends = [p.before] * (stage == 0) + [p.after] * (stage == p.pp - 1)
         c = self._between("c", first, last) + sum(x[0] for x in ends) + p.send_s * ((stage > 0) + (stage < p.pp - 1))
         e = self._between("e", first, last) + sum(x[1] for x in ends)
-        return StageCost(c, e, float(p.memory.live(first, last, stage)))
+        known = "_matrices" in self.__dict__  # then every interval is there
+        return StageCost(c, e, float(self._matrices[2][stage][first, last] if known else p.memory.live(first, last, stage)))
 
     def _between(self, key: str, first: int, last: int) -> float:
         return self._prefix[key][last] - self._prefix[key][first]
@@ -74,6 +75,7 @@ class Stages:
         first, last = np.nonzero(~none)
         seconds: dict[tuple[bool, bool], tuple[np.ndarray, np.ndarray]] = {}  # the stages between are alike
         c, e, live = [], [], []
+        held_by_stage = p.memory.live_of_stages(first, last)
         for stage in range(p.pp):
             kind = (stage == 0, stage == p.pp - 1)
             if kind not in seconds:
@@ -84,7 +86,7 @@ class Stages:
                     np.where(none, np.inf, between["e"] + sum(x[1] for x in ends)),
                 )
             held = np.full((n + 1, n + 1), np.inf)
-            held[first, last] = p.memory.live(first, last, stage)
+            held[first, last] = held_by_stage[stage]
             c.append(seconds[kind][0])
             e.append(seconds[kind][1])
             live.append(held)

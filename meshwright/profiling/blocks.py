@@ -154,7 +154,7 @@ def make_block(number: int, segment: Segment, exported: Any, joint: Joint, modul
     storages = [s.model_copy(update={"op": merged.get(s.op, s.op)}) for s in _storages(joint, mine)]
     return Block(
         id=number, name=segment.path.removeprefix(ROOT + "."), ops=tuple(ops),
-        params=tuple(tensors["param"].values()), buffers=tuple(tensors["buffer"].values()),
+        params=tuple(tensors["param"][name] for name in map(rel, nm.params) if name in tensors["param"]), buffers=tuple(tensors["buffer"].values()),
         inputs=tuple(block_inputs), outputs=tuple(dict.fromkeys(outputs)), calls=tuple(calls), storages=tuple(storages),
         repeated=bool(segment.path),
     )  # fmt: skip

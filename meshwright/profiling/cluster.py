@@ -114,7 +114,7 @@ class Cluster(_Model):
             n = self.size
             if len(self.bandwidth_Bps) != n or any(len(row) != n for row in self.bandwidth_Bps):
                 raise ValueError(f"bandwidth_Bps must be {n} rows of {n} numbers, one per device")
-            if any(b <= 0 for i, row in enumerate(self.bandwidth_Bps) for j, b in enumerate(row) if i != j):
+            if not all(0 < b < float("inf") for i, row in enumerate(self.bandwidth_Bps) for j, b in enumerate(row) if i != j):
                 raise ValueError("bandwidth_Bps must be positive off the diagonal")
         return self
 
@@ -263,7 +263,7 @@ def first_error(e: ValidationError) -> str:
     """The first mistake of a validation error in words: where, what, and what would be right."""
     error: Any = e.errors()[0]
     # A union reports every branch; the mistake is the deepest one.
-    error = max(e.errors(), key=lambda x: len(x["loc"])) if any("str" in x["loc"] for x in e.errors()) else error
+    error = max(e.errors(), key=lambda x: (len(x["loc"]), x["type"] == "value_error")) if any("str" in x["loc"] for x in e.errors()) else error
     where = ".".join(str(part) for part in error["loc"] if part not in ("str", "Device"))
     if error["type"] == "extra_forbidden":
         return f"{where} is not a known key"

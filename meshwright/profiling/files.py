@@ -29,6 +29,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             f.write(data)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as e:
         Path(name).unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise InputError(f"{path} cannot be written: {e.strerror}") from None
         raise

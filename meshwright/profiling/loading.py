@@ -200,7 +200,7 @@ def import_target(target: str) -> tuple[ModuleType, Any]:
             sys.path.insert(0, str(path.parent))
             try:
                 spec.loader.exec_module(module)
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 del sys.modules[key]
                 raise InputError(f"{where} cannot be imported: {one_line(e)}") from None
             finally:
@@ -208,7 +208,7 @@ def import_target(target: str) -> tuple[ModuleType, Any]:
     else:
         try:
             module = importlib.import_module(where)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise InputError(f"{where} cannot be imported: {one_line(e)}") from None
     if not hasattr(module, name):
         raise InputError(f"{where} has no {name!r}")
@@ -224,10 +224,10 @@ def build_factory(source: str, *, device: str = "meta") -> tuple[nn.Module, Modu
     try:
         with torch.device(device):
             built = factory()
-    except Exception as first:
+    except (Exception, SystemExit) as first:
         try:
             built = factory()
-        except Exception:
+        except (Exception, SystemExit):
             raise InputError(f"{source} raised {one_line(first)}") from None
         notes.append("the factory does not run on meta tensors; it was built in host memory")
         if isinstance(built, nn.Module):
@@ -244,7 +244,7 @@ def call_sample(fn: Callable[..., Any], where: str, batch: int, seq: int) -> tup
     try:
         wants = len([p for p in inspect.signature(fn).parameters.values() if p.default is p.empty])
         made = fn(batch, seq) if wants >= 2 else fn(batch)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InputError(f"{where} raised {one_line(e)}; it is called as sample(batch, seq)") from None
     if isinstance(made, Tensor):
         return (made,), {}, None
@@ -296,7 +296,7 @@ def _choose_objective(loaded: Loaded, home: ModuleType, labels: Any) -> None:
     try:
         with torch.no_grad():
             output = loaded.module(*loaded.args, **loaded.kwargs)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InputError(f"{loaded.source}: the model does not run on its sample: {one_line(e)}") from None
     if labels is not None:
         loaded.labels, loaded.labels_from = labels.to("meta"), "sample"
@@ -352,5 +352,5 @@ def square(output: Any, labels: None) -> Tensor:
 
 def one_line(e: BaseException) -> str:
     """An exception in one line: its class and the first line of its text."""
-    lines = str(e).strip().splitlines()
+    lines = "".join(c if c.isprintable() or c.isspace() else "?" for c in str(e)).strip().splitlines()
     return f"{type(e).__name__}: {lines[0].rstrip('.')}" if lines else type(e).__name__

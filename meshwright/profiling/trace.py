@@ -45,6 +45,8 @@ def trace(source: str, *, seq: int, precision: str = "bf16", sample: str | None 
 
     Raises InputError if the source is not a model or cannot be traced; the sentence names the model and the cause.
     """
+    if not 1 <= seq <= 10**9:
+        raise InputError("the sequence length is at least 1 and at most 1,000,000,000")
     prime = PRIMES[0]
     with _quiet():
         loaded = load(source, batch=prime, seq=seq, precision=precision, sample=sample)

@@ -7,6 +7,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Any
 
 from meshwright.planner.check import CheckReport
@@ -33,7 +34,7 @@ def post(
         raise InputError("--pull-request must be the number of a pull request")
     if not re.match(r"https?://", api):
         raise InputError("GITHUB_API_URL must be set to the address of GitHub's API, as it is in Actions")
-    if not token:
+    if not token or not (token.isascii() and token.isprintable()):
         raise InputError("GITHUB_TOKEN must be set to a token with the permission pull-requests: write")
     headers = {"Authorization": f"Bearer {token}", "Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28",
                "User-Agent": "meshwright", "Content-Type": "application/json"}  # fmt: skip
@@ -84,3 +85,5 @@ def over_https(method: str, url: str, headers: dict[str, str], body: bytes | Non
         return e.code, e.read().decode("utf-8", "replace")
     except OSError as e:
         raise InputError(f"GitHub's API does not answer: {getattr(e, 'reason', e)}") from None
+    except (ValueError, HTTPException) as e:  # an address or an answer that is none; its text may hold the token
+        raise InputError(f"GitHub's API cannot be asked at that address: {type(e).__name__}") from None

@@ -11,12 +11,12 @@ from meshwright.report.terminal import _paragraph, _table, _text, gib
 
 # the rows of the waterfall: what it is called, the dry run's categories, the plan's
 ROWS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("parameters", ("parameters", "gathered"), ("parameters",)),
+    ("parameters", ("parameters", "gathered"), ("parameters", "gathered")),
     ("gradients", ("gradients",), ("gradients",)),
     ("optimizer", ("optimizer",), ("optimizer",)),
-    ("activations", ("activations", "inputs"), ("activations",)),
+    ("activations", ("activations", "inputs"), ("activations", "inputs")),
     ("temporaries", ("temporaries",), ("temporaries",)),
-    ("communication", ("communication",), ("buffers",)),
+    ("communication", ("communication",), ("communication",)),
 )
 OPS = {
     "allreduce": "all_reduce", "allreduce_coalesced": "all_reduce", "allgather": "all_gather", "allgather_base": "all_gather",

@@ -55,14 +55,18 @@ def test_the_maximum_of_every_range(values: list[int]) -> None:
 
 @pytest.mark.parametrize("seed", range(150))
 def test_arrays_are_what_their_elements_are(seed: int) -> None:
-    """All intervals of layers at once have the bytes of each interval alone, as every stage, and their categories add up to them."""
+    """All intervals of layers at once have the bytes of each interval alone, as every stage, all stages together
+    too, and their categories add up to them."""
     pick = picker(seed)
     layers = pick(1, 9)
     x = made_shape(pick, min(layers, 4))
     memory = StageMemory(made_blocks(pick, x, layers), x)
     first, last = np.nonzero(np.triu(np.ones((layers + 1, layers + 1)), 1))
+    together = memory.live_of_stages(first, last)
+    assert len(together) == x.pp
     for stage in range(x.pp):
         found = memory.live(first, last, stage)
+        assert found.tolist() == together[stage].tolist()
         assert found.tolist() == [float(memory.live(int(a), int(b), stage)) for a, b in zip(first, last)]
         for a, b, total in zip(first, last, found):
             name, at, parts = memory.peak(int(a), int(b), stage)
