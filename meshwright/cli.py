@@ -365,6 +365,8 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as e:  # a name that is too long, a full disk
+        sys.exit(_refuse(f"{str(e.filename)[:200] + ': ' if e.filename else ''}{e.strerror or e}"))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -32,7 +32,9 @@ out=$(cd "$out" && pwd)
 base=${MESHWRIGHT_BASE:-}
 if [ -z "$base" ] && [ -n "${GITHUB_BASE_REF:-}" ]; then
   base=refs/remotes/origin/$GITHUB_BASE_REF
-  git fetch --quiet --no-tags --depth=1 origin "+refs/heads/$GITHUB_BASE_REF:$base" || say "the base branch could not be fetched"
+  depth=() # a clone with its history keeps it
+  [ "$(git rev-parse --is-shallow-repository)" = false ] || depth=(--depth=1)
+  git fetch --quiet --no-tags ${depth[@]+"${depth[@]}"} origin "+refs/heads/$GITHUB_BASE_REF:$base" || say "the base branch could not be fetched"
 fi
 commit=
 for name in ${base:+"$base" "origin/$base"}; do

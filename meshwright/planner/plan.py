@@ -68,9 +68,12 @@ class Layout(_Model):
 
 
 class Stage(_Model):
-    """One pipeline stage: layers [first, last) of the model's layer list, with its own memory and time of a microbatch."""
+    """One pipeline stage: layers [first, last) of the model's layer list, with its own memory and time of a microbatch.
+
+    `live_bytes`: tensors at the fullest moment; `peak_bytes`: what the driver sees for them (p50)."""
 
     layers: tuple[int, int]
+    live_bytes: Bytes = 0
     peak_bytes: Bytes
     microbatch_s: Seconds
 

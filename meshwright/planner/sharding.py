@@ -122,7 +122,9 @@ class _Problem:
                 left = {t: pulp.lpSum(terms) for t, terms in left.items()}
             self._consume(model, x, v, made, left, exit_site, enter)
             for s in self._final(v):
-                model += left.get(s, 0) == 1
+                if s not in left:  # no module whose result could be converted
+                    raise NotShardable(f"{v} cannot leave its block as {s}")
+                model += left[s] == 1
         for group in self._shared_params():
             self._tie(model, x, group)
         first = pulp.lpSum(self._replicated_bytes(n, k) * var for (n, k), var in x.items())

@@ -128,6 +128,8 @@ def plan(
     if isinstance(model, str):
         say(f"tracing {model}")
         model = trace(model, seq=seq, precision=precision, sample=sample)
+    if not model.numel:
+        raise InputError(f"{model.name} has no parameters: there is nothing to train")
     if (model.seq, model.precision) != (seq, precision):
         raise InputError(f"the model was traced at sequence {model.seq} in {model.precision}, not at {seq} in {precision}")
     workload = Workload(global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
@@ -177,7 +179,7 @@ def _assemble(search: Search, outcome: Outcome, limit_bytes: float) -> Plan:
     solution = Solution(
         layout=x,
         stages=tuple(
-            Stage(layers=(a, b), peak_bytes=search.reserved_bytes(best.index, c.live_bytes)[0], microbatch_s=c.c)
+            Stage(layers=(a, b), live_bytes=c.live_bytes, peak_bytes=search.reserved_bytes(best.index, c.live_bytes)[0], microbatch_s=c.c)
             for a, b, c in zip(starts, best.ends, costs, strict=True)
         ),
         mesh={"pp": x.pp, "replicate": x.replicate, "shard": x.shard, "tp": x.tp},

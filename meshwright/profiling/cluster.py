@@ -25,7 +25,7 @@ DEVICES = Path(__file__).parent / "devices"
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Achieved(_Model):
@@ -247,6 +247,8 @@ def read_cluster(path: Path) -> Cluster:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         where = getattr(e, "problem_mark", None)
         raise InputError(f"{path} is not YAML{f' (line {where.line + 1})' if where else ''}") from None
+    except (RecursionError, ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as e:  # what PyYAML lets through
+        raise InputError(f"{path} is not YAML that can be read: {type(e).__name__}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path} must be a mapping with 'nodes', not {type(data).__name__}")
     data.setdefault("name", path.stem)

@@ -77,8 +77,8 @@ def _earlier(call: Callable[..., Any], number: int, mark: str) -> int | None:
 
 def over_https(method: str, url: str, headers: dict[str, str], body: bytes | None) -> tuple[int, str]:
     """One request. A refusal is its status; InputError if there is no answer."""
-    request = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
+        request = urllib.request.Request(url, data=body, headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return int(answer.status), answer.read().decode("utf-8", "replace")
     except urllib.error.HTTPError as e:

@@ -28,20 +28,20 @@ PHASES = {"step": "outside the modules"}
 MOST = 16  # collectives shown
 
 
-def reserved_bytes(plan: Plan) -> float:
-    """What the plan sets aside for the driver and the allocator, which a dry run does not see."""
-    m = plan.prediction.memory_bytes
-    return m.by_kind.get("reserved", 0.0)
+def reserved_bytes(plan: Plan, stage: int) -> float:
+    """What the plan sets aside on a rank of a stage for the driver and the allocator, which a dry run does not see."""
+    s = plan.solution.stages[stage]
+    return s.peak_bytes - s.live_bytes if s.live_bytes else plan.prediction.memory_bytes.by_kind.get("reserved", 0.0)
 
 
 def dry_run_document(plan: Plan, found: DryRun) -> dict[str, Any]:
     """The dry run as JSON, with the device's memory and the plan's own prediction. Bytes."""
     m = plan.prediction.memory_bytes
     predicted = plan.solution.stages[found.stage].peak_bytes
-    needed = found.peak_bytes + reserved_bytes(plan)
+    needed = found.peak_bytes + reserved_bytes(plan, found.stage)
     return {
         **found.model_dump(mode="json"),
-        "reserved_bytes": reserved_bytes(plan), "capacity_bytes": m.capacity, "limit_bytes": m.limit, "fits": needed <= m.limit,
+        "reserved_bytes": reserved_bytes(plan, found.stage), "capacity_bytes": m.capacity, "limit_bytes": m.limit, "fits": needed <= m.limit,
         "predicted_bytes": predicted, "predicted_by_kind": m.by_kind if found.stage == m.peak_stage else {},
         "difference": needed / predicted - 1 if predicted else None,
     }  # fmt: skip
@@ -55,7 +55,7 @@ def render_dry_run(plan: Plan, found: DryRun, saved: str = "") -> str:
 
 def _answer(plan: Plan, found: DryRun) -> str:
     x, m = plan.layout, plan.prediction.memory_bytes
-    needed = found.peak_bytes + reserved_bytes(plan)
+    needed = found.peak_bytes + reserved_bytes(plan, found.stage)
     if needed <= m.limit:
         fits = f"fits: {gib(m.limit - needed)} below the limit of {gib(m.limit)}"
     elif needed <= m.capacity:
@@ -70,8 +70,9 @@ def _answer(plan: Plan, found: DryRun) -> str:
     if found.layers_run < last - first or found.microbatches_run < found.microbatches:
         ran = f"run with {found.layers_run} of {last - first} layers and {found.microbatches_run} of {found.microbatches} microbatches, extrapolated"
     lines = [f"Peak  {gib(found.peak_bytes)} live on rank {found.rank} of {x.devices}; {fits}"]
+    reserved = reserved_bytes(plan, found.stage)
     for text in (
-        f"with the {gib(reserved_bytes(plan))} that the plan reserves for driver and allocator: {gib(needed)}" if reserved_bytes(plan) else "",
+        f"with the {gib(reserved)} that the plan reserves for driver and allocator: {gib(needed)}" if reserved else "",
         f"{where}: {found.op}{site}",
         f"{plan.model.name}, stage {found.stage} of {x.pp}, {layers}; {x}",
         f"{ran}; {found.seconds:.1f} s",
@@ -87,7 +88,7 @@ def _waterfall(plan: Plan, found: DryRun) -> str:
     unit, scale = ("GiB", GIB) if found.peak_bytes >= 0.1 * GIB else ("MiB", 2**20)
     rows = [(name, sum(found.by_kind.get(k, 0.0) for k in ours), sum(m.by_kind.get(k, 0.0) for k in theirs)) for name, ours, theirs in ROWS]
     known = {k for _, _, theirs in ROWS for k in theirs}
-    rows += [(k, reserved_bytes(plan) if k == "reserved" else 0.0, v) for k, v in m.by_kind.items() if k not in known]
+    rows += [(k, reserved_bytes(plan, found.stage) if k == "reserved" else 0.0, v) for k, v in m.by_kind.items() if k not in known]
     table = _table(("memory at the peak", "left"), (f"dry run {unit}", "right"), (f"plan {unit}", "right"), ("difference", "right"), ("", "left"))
     for name, ours, theirs in rows:
         if not ours and not theirs:
@@ -101,7 +102,7 @@ def _waterfall(plan: Plan, found: DryRun) -> str:
             f"{(ours - theirs) / scale:+,.2f}" if alike and not given else "",
             bar,
         )
-    total, predicted = found.peak_bytes + reserved_bytes(plan), plan.solution.stages[found.stage].peak_bytes
+    total, predicted = found.peak_bytes + reserved_bytes(plan, found.stage), plan.solution.stages[found.stage].peak_bytes
     off = f"{total / predicted - 1:+.1%}" if predicted else ""
     table.add_row("sum", f"{total / scale:,.2f}", f"{predicted / scale:,.2f}", f"{(total - predicted) / scale:+,.2f}", off)
     return _text(table)
