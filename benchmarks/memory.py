@@ -133,11 +133,11 @@ def check(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layou
     search, found = plan_of(graph, cluster, workload, layout)
     assert isinstance(found, Plan)
     ends = [s.layers[1] for s in found.solution.stages]
-    name, in_layer, parts = search.memory_of(0, ends, stage)
+    name, what, parts = search.memory_of(0, ends, stage)
     run = dry_run(found, stage * (layout.devices // layout.pp))
     return Pair(
         graph.name, graph.precision, graph.seq, workload.optimizer, layout, found.microbatches, stage, sum(parts.values()),
-        f"{name} {'in' if in_layer else 'outside'} the layers", parts, run,
+        f"{name} of {what}", parts, run,
     )  # fmt: skip
 
 

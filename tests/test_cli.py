@@ -150,6 +150,30 @@ def test_factory_that_raises(run, tmp_path: Path) -> None:  # type: ignore[no-un
     refused(run("plan", f"{path}:build", "--cluster", "8xH100", "--global-batch", "8", "--seq", "32"), "build", "no such thing")
 
 
+@pytest.mark.parametrize(("text", "words"), [("import sys\nsys.exit(3)\n", "SystemExit: 3"), ("def build():\n    raise SystemExit\n", "SystemExit")])
+def test_a_model_that_exits(run, tmp_path: Path, text: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    """A model's exit code is not ours."""
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    refused(run("plan", f"{path}:build", "--cluster", "8xH100", "--global-batch", "8", "--seq", "32"), "broken.py", words)
+
+
+@pytest.mark.parametrize("flag", ["--global-batch", "--seq"])
+def test_absurd_numbers(run, flag: str) -> None:  # type: ignore[no-untyped-def]
+    """Refused before anything is enumerated or traced."""
+    refused(run("plan", MODEL, "--cluster", "8xH100", "--global-batch", "16", "--seq", "32", flag, "9" * 20), "at most 1,000,000,000")
+
+
+def test_names_that_are_too_long(run) -> None:  # type: ignore[no-untyped-def]
+    """What the system refuses is one sentence."""
+    refused(run("plan", "a" * 5000, "--cluster", "8xH100", "--global-batch", "8", "--seq", "32"), "File name too long")
+
+
+def test_a_part_that_is_fixed_twice(run) -> None:  # type: ignore[no-untyped-def]
+    """--fix tp=1,tp=2 is a contradiction."""
+    refused(run(*SMALL, "--cluster", "8xH100", "--fix", "tp=1,tp=2"), "tp is there twice")
+
+
 def test_config_that_is_not_a_model(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A config.json without a model type, and one that is not JSON."""
     path = tmp_path / "config.json"

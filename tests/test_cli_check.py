@@ -14,7 +14,7 @@ from tests_support import GIB, stub
 from meshwright import cli
 from meshwright.planner import checkrun
 from meshwright.planner.check import CheckReport
-from meshwright.report.check_comment import PAGE, post
+from meshwright.report.check_comment import PAGE, over_https, post
 from meshwright.report.check_markdown import hidden_tag
 
 TABLE = '[[tool.meshwright.check]]\nname = "{name}"\nmodel = "m.py:build"\ncluster = "8xH100-SXM"\nseq = {seq}\n{more}\n'
@@ -152,6 +152,47 @@ def test_save_compare_and_diff(run, tmp_path: Path) -> None:  # type: ignore[no-
     assert (tmp_path / "d.md").read_text().startswith("#### GPU memory: +12.0 GiB")
 
 
+def test_diff_of_a_name_that_is_not_there(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A mistyped --name is refused, not an empty difference."""
+    config(tmp_path, ("a", 40, ""))
+    run("check", "--save", "base.json")
+    refused(run("diff", "--compare-to", "base.json", "--path", "base.json", "--name", "zzz"), "'zzz'", "'a'")
+
+
+def test_a_base_with_no_number_in_it(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """NaN compares with nothing, so it would let any growth pass."""
+    config(tmp_path, ("a", 40, 'max_increase = "2%"'))
+    run("check", "--save", "base.json")
+    data = json.loads((tmp_path / "base.json").read_text())
+    data["results"][0]["figures"]["peak"]["p95"] = float("nan")
+    (tmp_path / "base.json").write_text(json.dumps(data))
+    refused(run("check", "--compare-to", "base.json"), "base.json is not JSON")
+
+
+def test_what_a_model_prints_is_not_in_the_report(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """It goes to stderr; stdout is one JSON document."""
+
+    def talks(*arguments: Any) -> Any:
+        print("loading weights")
+        return stub(*arguments)
+
+    monkeypatch.setattr(checkrun, "evaluate", talks)
+    config(tmp_path, ("a", 40, ""))
+    code, out, err = run("check", "--format", "json")
+
+    assert code == 0
+    assert json.loads(out)["summary"]["checks"] == 1
+    assert "loading weights" in err
+
+
+@pytest.mark.parametrize("api", ["http://[::1", "http://127.0.0.1:port", "http://a b"])
+def test_an_address_that_is_none(api: str) -> None:
+    """One sentence, and the token is not in it."""
+    with pytest.raises(ValueError, match="cannot be asked at that address") as refusal:
+        over_https("GET", f"{api}/repos", {"Authorization": "Bearer secret"}, None)
+    assert "secret" not in str(refusal.value)
+
+
 def test_diff_of_a_broken_check(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """It is told, is in no sum, and the exit code is 2."""
     config(tmp_path, ("a", 40, ""))
@@ -255,7 +296,10 @@ def test_comment_is_skipped_where_there_is_nothing_to_tell(run, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("keys", "word"),
-    [({"repo": "o"}, "owner/name"), ({"number": 0}, "pull request"), ({"api": ""}, "GITHUB_API_URL"), ({"token": ""}, "GITHUB_TOKEN")],
+    [
+        ({"repo": "o"}, "owner/name"), ({"number": 0}, "pull request"), ({"api": ""}, "GITHUB_API_URL"), ({"token": ""}, "GITHUB_TOKEN"),
+        ({"token": "a\nb"}, "GITHUB_TOKEN"),
+    ],
 )
 def test_comment_needs_to_know_where(report: CheckReport, keys: dict[str, Any], word: str) -> None:
     """What is missing is named, and no request is made."""

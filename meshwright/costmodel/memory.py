@@ -278,12 +278,13 @@ def _storage_share(s: Storage, op: Op, sharded: ShardedBlock) -> float:
     if op.kind == "cross_entropy":
         return 1 / t if op.name in sharded.divided else 1.0
     out = op.name if len(op.outputs) == 1 else f"{op.name}:0"
-    if s.backward:
-        # a gradient has the size of the operand or parameter that it belongs to
+    made = sharded.block.spec_of(out).amount
+    if s.backward or (made.const, made.per_sample) != (s.amount.const, s.amount.per_sample):
+        # a gradient, or a copy that a product makes of an operand, has the size of the operand or parameter that it belongs to
         for v, state in zip(op.inputs, sharded.operands.get(op.name, ()), strict=False):
             a = sharded.block.spec_of(v).amount
             if (a.const, a.per_sample) == (s.amount.const, s.amount.per_sample):
                 return 1 / t if state.startswith("S") else 1.0
-    elif s.saved and out in sharded.gathered:
+    if not s.backward and s.saved and out in sharded.gathered:
         return 1.0  # the gathered copy is what its consumers keep
     return sharded.share(out)

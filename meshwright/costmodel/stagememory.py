@@ -314,7 +314,7 @@ class StageMemory:
             parts = {"gathered": -c * padded, "communication": REDUCED * padded, "temporaries": late}
             found.append(Moment("reduction", parts, idle=True))
         if x.first and x.fsdp and not reduces:  # the first backward leaves fp32 sums where there were none
-            last_root = c * self._last_root(begin, end)
+            last_root = c * self._last_root(begin, end) * x.mixed
             found.append(Moment("accumulation", {"gradients": REDUCED * between(s["numel"]), "activations": output, "temporaries": last_root}))
         return found
 

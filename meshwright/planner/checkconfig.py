@@ -60,6 +60,13 @@ class CheckSpec(BaseModel):
             raise ValueError("it must be one line of printable text, without blanks around it")
         return value
 
+    @field_validator("plan", "costs", "cluster")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("it is empty; leave the key out for its default")
+        return value
+
     @field_validator("batch", "seq")
     @classmethod
     def _not_absurd(cls, value: int | None) -> int | None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.planner.check import GIB, Figures, Setting
+from meshwright.costmodel.step import SCHEDULES
+from meshwright.planner.check import Figures, Setting
+from meshwright.planner.explain import enough_memory
 from meshwright.planner.plan import Layout, Workload
 from meshwright.planner.search import Candidate, Search
 from meshwright.planner.sharding import NotShardable
@@ -49,10 +51,15 @@ def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> 
     found: list[Setting] = []
     workload = held.space.workload
     if asked.fixed:
-        search = search_of(asked, asked.cluster, workload, {})
+        schedule = {k: v for k, v in asked.fixed.items() if k == "schedule"}  # a space has one
+        search = search_of(asked, asked.cluster, workload, schedule)
         for key, free in FREES.items():
             if key in asked.fixed:
                 found += _one_free(search, asked.fixed, key, free, figures)
+        if schedule.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
+            other = search_of(asked, asked.cluster, workload, {**asked.fixed, "schedule": SCHEDULES[0]})
+            found += [_setting(f"schedule={SCHEDULES[0]}", other, c, figures) for c in other.run(1).best]
+            search = search_of(asked, asked.cluster, workload, {})
         best = search.run(1).best
         if best and best[0].layout not in [s.layout for s in found]:
             found.append(_setting("plan = auto", search, best[0], figures))
@@ -121,10 +128,9 @@ def _more_devices(asked: Any, figures: Figures) -> Setting | None:
 
 
 def _more_memory(held: Search, figures: Figures) -> Setting:
-    """The same devices with memory enough, and the same share of it allowed."""
-    needed = figures.peak.p95 * figures.capacity_bytes / figures.limit_bytes
+    """The same devices with memory enough, and the same share of it allowed, or more of what they have."""
     return Setting(
-        change=f"devices of {np.ceil(needed / GIB):.0f} GiB instead of {figures.capacity_bytes / GIB:.0f} GiB", layout=figures.layout,
+        change=enough_memory(figures.peak.p95, figures.limit_bytes, figures.capacity_bytes), layout=figures.layout,
         devices=held.space.cluster.size, peak_bytes=figures.peak.p95, step_s=figures.step_s, slower=0.0,
     )  # fmt: skip
 

@@ -121,6 +121,13 @@ def answer(search: Search, best: Candidate, fix: str, rows: np.ndarray) -> WhyNo
     return WhyNot(fix=fix, fits=True, step_s=other.step_s, slower=slower, reason=difference(search, best, other))
 
 
+def enough_memory(needed: float, limit: float, capacity: float) -> str:
+    """What to change for `needed` bytes (p95): the limit, where the devices have so much, or else the devices, with the same share allowed."""
+    if needed <= 0.95 * capacity:
+        return f"limit of {np.ceil(10 * needed / GIB) / 10:.1f} GiB instead of {limit / GIB:.1f} GiB"
+    return f"devices of {np.ceil(needed * capacity / limit / GIB):.0f} GiB instead of {capacity / GIB:.0f} GiB"
+
+
 def does_not_fit(search: Search, i: int, live: float, ends: list[int]) -> str:
     """ "91.2 GiB at best (activations 38.0, optimizer 12.1), with tp=8 ..." for the least hungry of some layouts."""
     costs = search.stages(i).costs(ends)

@@ -105,11 +105,12 @@ class Search:
             )
         )  # fmt: skip
 
-    def memory_of(self, i: int, ends: Sequence[int], stage: int) -> tuple[str, bool, dict[str, float]]:
-        """The moment at which a stage of a cut of layout i peaks, whether that is in a layer, and its bytes by category."""
+    def memory_of(self, i: int, ends: Sequence[int], stage: int) -> tuple[str, str, dict[str, float]]:
+        """The moment at which a stage of a cut of layout i peaks, in what (a layer, the embedding, the loss), and its bytes by category."""
         memory = self.bound.stage_memory(self.arrays, i)
         name, at, parts = memory.peak(ends[stage - 1] if stage else 0, ends[stage], stage)
-        return name, bool(memory.b.layer[at]), parts
+        before = len(memory.at) > 0 and at < memory.at[0]
+        return name, "a layer" if memory.b.layer[at] else "the embedding" if before else "the loss", parts
 
     def stage_blocks(self, ends: list[int], stage: int) -> np.ndarray:
         """Block index of everything that a stage of a cut holds, in order."""
@@ -166,17 +167,19 @@ class Search:
         )  # fmt: skip
 
     def least_memory(self, among: np.ndarray | None = None) -> tuple[int, float, list[int]]:
-        """The layout (of the rows `among`) whose fullest rank holds least: its index, live bytes and stage ends."""
+        """The layout (of the rows `among`) whose fullest rank takes least of its device (p95): its index, live bytes and stage ends."""
         rows = np.arange(len(self.layouts)) if among is None else np.asarray(among)
-        best: tuple[float, int, list[int]] | None = None
-        for i in rows[np.argsort(self.memory_bounds[rows], kind="stable")]:
-            if best is not None and self.memory_bounds[i] >= best[0]:
+        bounds = self.memory_bounds - self.capacity  # over the limit by so many live bytes at least: what a layout reserves counts
+        best: tuple[float, int, float, list[int]] | None = None
+        for i in rows[np.argsort(bounds[rows], kind="stable")]:
+            if best is not None and bounds[i] >= best[0]:
                 break
             live, ends = self.stages(int(i)).least_memory()
-            if best is None or live < best[0]:
-                best = (live, int(i), ends)
+            over = live - float(self.capacity[i])
+            if best is None or over < best[0]:
+                best = (over, int(i), live, ends)
         assert best is not None
-        return best[1], best[0], best[2]
+        return best[1:]
 
     def too_large(self) -> np.ndarray:
         """The rows that are known not to fit: by their bound, or evaluated."""

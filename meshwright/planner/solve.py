@@ -15,7 +15,7 @@ from meshwright.costmodel.memory import OPTIMIZERS
 from meshwright.costmodel.model import CostModel, for_device
 from meshwright.costmodel.pipeline import Event, makespan, simulate
 from meshwright.costmodel.step import SPREAD
-from meshwright.planner.explain import GIB, bottleneck, does_not_fit, memory_parts, time_parts, why_not
+from meshwright.planner.explain import GIB, bottleneck, does_not_fit, enough_memory, memory_parts, time_parts, why_not
 from meshwright.planner.plan import (
     SCHEMA,
     Alternative,
@@ -214,8 +214,8 @@ def _prediction(search: Search, best: Candidate, limit_bytes: float) -> Predicti
     found = search.device_bytes(i, costs[fullest].live_bytes)
     p50, p95 = map(float, found.device)
     step, w = best.step_s, space.workload
-    name, in_layer, _ = search.memory_of(i, best.ends, fullest)
-    event = f"{name} of a layer" if in_layer else f"{name} of the loss" if fullest == len(costs) - 1 else f"{name} of the embedding"
+    name, what, _ = search.memory_of(i, best.ends, fullest)
+    event = f"{name} of {what}"
     return Prediction(
         step_s=Range(p05=step / SPREAD, p50=step, p95=step * SPREAD),
         simulated_step_s=_simulated(search, best),
@@ -379,10 +379,7 @@ def _more_nodes(search: Search, limit_bytes: float, most: int = 4096) -> Nearest
 
 
 def _more_memory(search: Search, i: int, live: float, ends: list[int]) -> Nearest:
-    """The same devices with enough memory for the least hungry layout."""
+    """The same devices with enough memory, or more of it allowed, for the least hungry layout."""
     _, p95 = search.reserved_bytes(i, live)
-    share = search.limit_bytes / search.space.cluster.device.memory_bytes
-    return Nearest(
-        change=f"devices of {p95 / share / GIB:.0f} GiB instead of {search.space.cluster.device.memory_bytes / GIB:.0f} GiB",
-        layout=search.layouts[i], peak_bytes=p95, step_s=search.stages(i).step(ends),
-    )  # fmt: skip
+    change = enough_memory(p95, search.limit_bytes, search.space.cluster.device.memory_bytes)
+    return Nearest(change=change, layout=search.layouts[i], peak_bytes=p95, step_s=search.stages(i).step(ends))

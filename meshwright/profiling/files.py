@@ -29,8 +29,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             f.write(data)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException as e:
+    except BaseException:
         Path(name).unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise InputError(f"{path} cannot be written: {e.strerror}") from None
         raise

@@ -182,6 +182,8 @@ def test_text_and_document(piped: Plan) -> None:
 
     assert text.splitlines()[0].startswith(f"Peak  {found.peak_bytes / 2**20:.1f} MiB live on rank 4 of 8; fits: ")
     assert max(map(len, text.splitlines())) <= 100
+    names = [line.split("  ")[0] for line in text.partition("memory at the peak")[2].partition("\nsum")[0].splitlines()[2:]]
+    assert len(set(names)) == len(names)
     for part in ("stage 1 of 2", "memory at the peak", "reduce_scatter", "Fullest moment by phase", "taken from the plan"):
         assert part in text
     assert document["peak_bytes"] == found.peak_bytes

@@ -13,6 +13,7 @@ from meshwright.planner import checkrun
 from meshwright.planner.check import CheckReport, CheckResult, Versions, against, what_changed
 from meshwright.planner.checkconfig import CheckConfig, CheckSpec
 from meshwright.planner.checkrun import run_checks
+from meshwright.planner.explain import enough_memory
 from meshwright.planner.plan import Plan
 from meshwright.planner.solve import plan as solve
 from meshwright.profiling.errors import InputError
@@ -107,12 +108,32 @@ def test_the_offer_is_the_cheapest_of_its_kind(run) -> None:  # type: ignore[no-
 
 
 def test_nothing_fits_on_these_devices(run) -> None:  # type: ignore[no-untyped-def]
-    """With `plan = "auto"` no layout is left to offer: more nodes, or more memory."""
+    """With `plan = "auto"` the layout is told that takes least of its device, and no other is left to offer: more of the device's memory."""
     smallest = min(run(plan={"tp": t, "zero": 3, "recompute": r}).figures.peak.p95 for t, r in itertools.product((1, 2, 4), ("none", "full")))
-    found = run(limit=f"{int(min(smallest, 1.5e9 + 2e5))}B")
+    found = run(limit=f"{int(smallest / 2)}B")
 
     assert found.status == "does_not_fit"
-    assert all("devices" in s.change for s in found.nearest)
+    assert found.figures.peak.p95 <= smallest
+    assert [s.change.partition(" of ")[0] for s in found.nearest] == ["limit"]
+
+
+def test_memory_enough() -> None:
+    """A limit is raised where the device has as much; else the device must be larger, with the same share of it allowed. Rounded up."""
+    assert enough_memory(30.01 * GIB, 20 * GIB, 80 * GIB) == "limit of 30.1 GiB instead of 20.0 GiB"
+    assert enough_memory(78 * GIB, 40 * GIB, 80 * GIB) == "devices of 156 GiB instead of 80 GiB"
+    assert enough_memory(100.1 * GIB, 76 * GIB, 80 * GIB) == "devices of 106 GiB instead of 80 GiB"
+
+
+def test_a_schedule_is_set_free_too(run) -> None:  # type: ignore[no-untyped-def]
+    """What holds GPipe is offered 1F1B, and other parts with GPipe kept."""
+    held = {"tp": 1, "pp": 2, "dp": 4, "zero": 1, "micro_batch": 8, "recompute": "none", "schedule": "gpipe"}
+    found = run(plan=held, limit=just_below(run(plan=held)))
+    offered = {s.change.partition("=")[0].strip(): s.layout for s in found.nearest}
+
+    assert found.status == "does_not_fit"
+    assert offered["schedule"].schedule == "1f1b"
+    assert all(offered[key].schedule == "gpipe" for key in {"recompute", "micro_batch", "zero", "tp"} & set(offered))
+    assert len(offered) > 2
 
 
 def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

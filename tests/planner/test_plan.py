@@ -64,6 +64,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "time parts": (lambda d: d["prediction"]["time_s"].update(extra=1.0), "prediction.time_s"),
     "quantiles": (put(1e9, "prediction", "step_s", "p05"), "prediction.step_s"),
     "limit": (put(1.0, "prediction", "memory_bytes", "limit"), "prediction.memory_bytes"),
+    "no stage": (put(7, "prediction", "memory_bytes", "peak_stage"), "prediction.memory_bytes.peak_stage"),
+    "no number": (put(float("nan"), "prediction", "memory_bytes", "by_kind", "optimizer"), "prediction.memory_bytes.by_kind"),
     "proof": (put(10**6, "solver", "space"), "solver"),
     "first alternative": (put(9, "alternatives", 0, "layout", "micro_batch"), "alternatives[0].layout"),
 }
@@ -86,6 +88,8 @@ def test_edits_are_caught(plan: Plan, name: str) -> None:
     ("text", "words"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON that can be read: RecursionError"),
+        ('{"schema": ' + "9" * 5000 + "}", "is not JSON that can be read: ValueError"),
         ("[]", "is not a plan of schema 'meshwright.plan/1' (found 'list')"),
         ('{"schema": "meshwright.plan/0"}', "(found 'meshwright.plan/0')"),
         ('{"schema": "meshwright.plan/1"}', "created_by is missing"),
@@ -122,6 +126,12 @@ def test_missing_files_are_named(plan: Plan, tmp_path: Path) -> None:
         plan.save(tmp_path / "none" / "plan.json")
     with pytest.raises(InputError, match="is a folder"):
         plan.save(tmp_path)
+
+
+def test_folders_are_refused(tmp_path: Path) -> None:
+    """A folder is no plan."""
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        Plan.load(tmp_path)
 
 
 def test_binary_files_are_refused(tmp_path: Path) -> None:
