@@ -105,9 +105,10 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
             output = output / loss_chunks
     steps = int(dies.max(initial=0)) + 2
     turn = min((s.born for s in block.storages if s.backward), default=steps)
-    to_the_end = np.where([s.gradient for s in block.storages], steps - 2, dies) if block.storages else dies
+    gradient = np.array([s.gradient for s in block.storages], bool)
+    to_the_end, at_once = np.where(gradient, steps - 2, dies), np.where(gradient, np.minimum(born + 1, dies), dies)
     copies = _copies(sharded, b, steps) + _exchanged(sharded, b, steps, cp, ep)
-    in_place, held = (_live(nbytes, born, d, steps) + copies for d in (dies, to_the_end))
+    in_place, held = (_live(nbytes, born, d, steps) + copies for d in (at_once, to_the_end))
     carry = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "carry"), np.zeros(len(b)))
     side = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "side"), np.zeros(len(b)))
     saved = nbytes[:, np.array([s.saved for s in block.storages], bool) & ~kept_by_loss].sum(axis=1)
