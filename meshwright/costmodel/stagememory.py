@@ -75,6 +75,7 @@ class Blocks:
     last_numel: np.ndarray  # of the block's last parameter, whose gradient a reduction holds longest
     tied: np.ndarray  # of the block's parameters, those that an earlier block holds: in `numel` of that one only, with gradients of their own
     recomputes: bool = False  # layers keep what goes into them
+    backward_first: np.ndarray | None = None  # `backward` where no sum exists yet, if that differs
     side: float = 0.0  # what layers take besides the carry
     output: float = 0.0  # what the model returns
     inputs: float = 0.0  # of all microbatches
@@ -369,7 +370,10 @@ class StageMemory:
     @cached_property
     def _first(self) -> StageMemory | None:
         """The first backward of a pipeline, when every microbatch may be in flight; None if there is but one backward."""
-        return StageMemory(self.b, replace(self.x, first=True)) if self.x.microbatches > 1 and not self.x.first else None
+        if self.x.microbatches == 1 or self.x.first:
+            return None
+        backward = self.b.backward if self.b.backward_first is None else self.b.backward_first
+        return StageMemory(replace(self.b, backward=backward), replace(self.x, first=True))
 
     def _height(self, m: Moment) -> Any:
         total = sum(m.parts.values())

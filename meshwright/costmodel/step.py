@@ -275,6 +275,7 @@ class Bound:
         of = {name: table[t, :, k][order] for name, table in self._bytes.items()}
         adds = (not x.fsdp and x.microbatches > 1) or (x.fsdp and x.sums_whole and not x.mixed)
         backward = of["backward_in_place" if adds else "backward"] + self._again[t, :, r, k][order]
+        backward_first = of["backward"] + self._again[t, :, r, k][order]
         kept = self._kept[t, :, r, k][order]
         keeps = self._keeps_result[t][order]
         if r and layer.any():  # layers keep what goes in instead of what comes out: neighbours may hold the same tensor, or need another
@@ -282,11 +283,13 @@ class Bound:
             twice = of["carry"][first] * (first > 0 and keeps[first - 1])
             kept[first] -= twice
             backward[first] -= twice
+            backward_first[first] -= twice
             of["saved"][first] -= twice
             for name in ("saved", "forward", "backward"):
                 of[name][last + 1 : last + 2] += of["carry"][last] * keeps[last]
             kept[last + 1 : last + 2] += of["carry"][last] * keeps[last]
             backward[last + 1 : last + 2] += of["carry"][last] * keeps[last]
+            backward_first[last + 1 : last + 2] += of["carry"][last] * keeps[last]
         samples = layouts.microbatches[i] * layouts.micro_batch[i]
         inputs = [*self.graph.inputs, *([self.graph.labels] if self.graph.labels else [])]
         return StageMemory(
@@ -295,7 +298,7 @@ class Bound:
                 carry=of["carry"], numel=held, padded=padded, buffers=self._buffers[order], side=float(of["side"][layer].max(initial=0.0)),
                 output=float(of["output"].sum()), inputs=float(sum(i.spec.amount.at(samples) for i in inputs)),
                 handed=float(of["carry"][layer].max(initial=0.0)), incoming=of["incoming"],
-                keeps_result=keeps & (r == 0), recomputes=bool(r), tied=tied,
+                keeps_result=keeps & (r == 0), recomputes=bool(r), tied=tied, backward_first=backward_first,
                 last_numel=np.array([next((rows * row for rows, row in reversed(m.shapes.values())), 0.0) for m in self._memory[t]])[order],
             ),
             x,
