@@ -18,7 +18,8 @@ from meshwright.planner.plan import Layout, Plan, Range, Workload
 from meshwright.planner.search import Candidate, Search
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.solve import _prediction, cost_model, parse_limit
-from meshwright.planner.space import FIXABLE, divisors, shard_model
+from meshwright.planner.shardedmodel import shard_model
+from meshwright.planner.space import FIXABLE, divisors
 from meshwright.profiling.cluster import Cluster, parse_cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph

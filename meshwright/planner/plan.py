@@ -35,44 +35,77 @@ class Workload(_Model):
     optimizer: Literal["adamw", "sgd-momentum", "sgd"] = "adamw"
 
 
+Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv", "dualpipev"]
+Recompute = Literal["none", "selective", "full"]
+
+
 class Layout(_Model):
-    """Degrees of parallelism. Devices are tp x pp x dp; `zero` is the ZeRO stage of the data-parallel group."""
+    """Degrees of parallelism. Devices are tp x cp x pp x dp.
+
+    `zero` is the ZeRO stage of the data-parallel group; with `replicas` > 1 it shards inside each of so many groups, which hold
+    equal copies (HSDP). Context-parallel ranks hold parts of the same samples, in a ring or by all-to-all over heads (`cp_kind`),
+    and shard the state with the data-parallel ones. Experts are laid over the same devices, folded: etp x ep x their own replicas
+    = tp x cp x dp. `vpp` chunks of the model on each pipeline rank. `recompute` is that of every stage, or "by stage" where they
+    differ (Stage.recompute). `state_dtype`: of the optimizer's moments; `offload`: what stands in the host's memory.
+    """
 
     tp: Count = 1
     sp: bool = False
+    cp: Count = 1
+    cp_kind: Literal["ring", "ulysses"] = "ring"
     pp: Count = 1
+    vpp: Count = 1
     dp: Count = 1
     zero: Annotated[int, Field(ge=0, le=3)] = 0
+    replicas: Count = 1
+    ep: Count = 1
+    etp: Count = 1
     micro_batch: Count = 1
-    recompute: Literal["none", "selective", "full"] = "none"
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    recompute: Literal["none", "selective", "full", "by stage"] = "none"
+    schedule: Schedule = "1f1b"
+    loss: Literal["plain", "chunked", "vocab_parallel"] = "plain"
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    offload: Literal["none", "optimizer"] = "none"
 
     @property
     def devices(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def replicate(self) -> int:
-        """Data-parallel ranks that hold whole copies (ZeRO 0)."""
-        return self.dp if self.zero == 0 else 1
+        """Data-parallel ranks that hold whole copies: all of them for ZeRO 0."""
+        return self.dp if self.zero == 0 else self.replicas
 
     @property
     def shard(self) -> int:
         """Data-parallel ranks that share one copy (ZeRO 1 to 3)."""
-        return 1 if self.zero == 0 else self.dp
+        return self.dp // self.replicate
 
     def __str__(self) -> str:
-        sp = "+sp" if self.sp else ""
-        schedule = f" schedule={self.schedule}" if self.schedule != "1f1b" else ""
-        return f"tp={self.tp}{sp} pp={self.pp} dp={self.dp} zero={self.zero} micro_batch={self.micro_batch} recompute={self.recompute}{schedule}"
+        parts = [f"tp={self.tp}{'+sp' if self.sp else ''}"]
+        parts += [f"cp={self.cp} ({self.cp_kind})"] if self.cp > 1 else []
+        parts += [f"ep={self.ep}{f' etp={self.etp}' if self.etp > 1 else ''}"] if self.ep * self.etp > 1 else []
+        parts += [f"pp={self.pp}{f' vpp={self.vpp}' if self.vpp > 1 else ''}"]
+        parts += [f"dp={self.dp if self.replicas == 1 else f'{self.replicas}x{self.shard}'} zero={self.zero} micro_batch={self.micro_batch}"]
+        parts += [f"recompute={self.recompute}"]
+        parts += [f"schedule={self.schedule}"] if self.schedule != "1f1b" else []
+        parts += ["loss=chunked"] if self.loss == "chunked" else []
+        parts += [f"state_dtype={self.state_dtype}"] if self.state_dtype != "fp32" else []
+        parts += [f"offload={self.offload}"] if self.offload != "none" else []
+        return " ".join(parts)
 
 
 class Stage(_Model):
     """One pipeline stage: layers [first, last) of the model's layer list, with its own memory and time of a microbatch.
 
-    `live_bytes`: tensors at the fullest moment; `peak_bytes`: what the driver sees for them (p50)."""
+    `recompute` is that of its first `recompute_layers` layers, or of all where that is None; the others recompute nothing. With
+    several chunks a rank (vpp) `layers` is the first of them and `chunks` holds all. `live_bytes`: tensors at the fullest moment;
+    `peak_bytes`: what the driver sees for them (p50)."""
 
     layers: tuple[int, int]
+    chunks: tuple[tuple[int, int], ...] = ()
+    recompute: Recompute = "none"
+    recompute_layers: Annotated[int, Field(ge=0)] | None = None
     live_bytes: Bytes = 0
     peak_bytes: Bytes
     microbatch_s: Seconds
@@ -209,11 +242,12 @@ class Rejected(_Model):
 class Certificate(_Model):
     """The proof: every layout of the space was evaluated, or its bound was above the best, or it does not fit.
 
-    `space` = `pruned_by_memory` + `pruned_by_bound` + `evaluated`. `bound_s` is a lower bound on the step of every layout that
-    fits; `gap` = step / bound - 1.
+    `space` = `pruned_by_memory` + `pruned_by_bound` + `evaluated` + `open`; `priced` of them went through the cost model's arrays, the
+    others lie under a bound that holds for all of their kind. `bound_s` is a lower bound on the step (or on the price, for other
+    objectives) of every layout that fits; `gap` = best / bound - 1, above 0 only where the time ran out with layouts `open`.
     """
 
-    status: Literal["optimal", "infeasible"]
+    status: Literal["optimal", "infeasible", "time limit"]
     gap: Annotated[float, Field(ge=0)]
     bound_s: Seconds
     seconds: Seconds
@@ -222,6 +256,8 @@ class Certificate(_Model):
     pruned_by_bound: int
     evaluated: int
     infeasible: int
+    priced: int = 0
+    open: int = 0
 
 
 class CreatedBy(_Model):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshwright.costmodel.inference_memory import forward_peak, inference_memory
-from meshwright.planner.space import shard_model
+from meshwright.planner.shardedmodel import shard_model
 from meshwright.profiling.graph import ModelGraph
 
 WIDTH, LAYERS, HEADS, KV_HEADS, SEQ = 64, 4, 8, 4, 32

@@ -20,7 +20,8 @@ from transformers import LlamaConfig
 from meshwright.costmodel.memory import block_memory
 from meshwright.planner.plan import Layout, Workload
 from meshwright.planner.search import Search
-from meshwright.planner.space import Space, shard_model
+from meshwright.planner.shardedmodel import shard_model
+from meshwright.planner.space import Space
 from meshwright.profiling.cluster import parse_cluster
 from meshwright.profiling.graph import Block, ModelGraph
 from meshwright.profiling.trace import trace

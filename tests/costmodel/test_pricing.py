@@ -16,7 +16,7 @@ from meshwright.costmodel.pricing import misalignment, price_ops
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.plan import Plan
 from meshwright.planner.solve import plan
-from meshwright.planner.space import shard_model
+from meshwright.planner.shardedmodel import shard_model
 from meshwright.profiling.cluster import load_device, parse_cluster
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.trace import trace

@@ -18,7 +18,8 @@ from meshwright.planner import space as space_module
 from meshwright.planner.plan import Workload
 from meshwright.planner.search import Search
 from meshwright.planner.sharding import NotShardable
-from meshwright.planner.space import Space, shard_model
+from meshwright.planner.shardedmodel import shard_model
+from meshwright.planner.space import Space
 from meshwright.profiling.cluster import Achieved, Cluster, Link, Links, Node, load_device
 from meshwright.profiling.graph import Amount, Block, ModelGraph, Occurrence, Work
 from meshwright.profiling.trace import trace

@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.sharding import NotShardable
-from meshwright.planner.space import shard_model
+from meshwright.planner.shardedmodel import shard_model
 from meshwright.profiling.graph import ModelGraph
 
 OUTPUT_DIM = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
