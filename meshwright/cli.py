@@ -177,17 +177,21 @@ def profile_measure(
 
 @profile_app.command("import")
 def profile_import(
-    source: Annotated[str, typer.Argument(help="aiconfigurator or nccl-tests")],
-    paths: Annotated[list[str], typer.Argument(help="the tree of tables, or the texts that nccl-tests printed")],
-    output: Annotated[str, typer.Option("-o", "--output", help="the profile to write")],
+    source: Annotated[str, typer.Argument(help="aiconfigurator, nccl-tests or galvatron")],
+    paths: Annotated[list[str], typer.Argument(help="the tree of tables, the texts that nccl-tests printed, or the folders of Galvatron's JSON")],
+    output: Annotated[str, typer.Option("-o", "--output", help="the profile to write; galvatron's is layers.yaml by default")] = "",
     gpu: Annotated[str, typer.Option(help="which GPU of the tree, like h100_sxm")] = "",
 ) -> None:
-    """Import what others measured: operator tables of aiconfigurator, or logs of nccl-tests."""
+    """Import what others measured: operator tables of aiconfigurator, logs of nccl-tests, or layer profiles of Galvatron."""
     from meshwright.profiling.hardware import write_profile
     from meshwright.profiling.importers.aiconfigurator import import_tree
     from meshwright.profiling.importers.nccl_tests import read_nccl_tests
 
     _check_output(output)
+    if source == "galvatron":
+        return _import_layers(paths, output or "layers.yaml")
+    if not output:
+        raise InputError("profile import needs -o, the profile to write")
     with _progress() as say:
         if source == "aiconfigurator":
             if not gpu or len(paths) != 1:
@@ -196,13 +200,28 @@ def profile_import(
         elif source == "nccl-tests":
             made = read_nccl_tests([Path(p) for p in paths])
         else:
-            raise InputError(f"{source!r} is not known: profile import takes aiconfigurator or nccl-tests")
+            raise InputError(f"{source!r} is not known: profile import takes aiconfigurator, nccl-tests or galvatron")
         say(f"writing {output}")
         write_profile(made, Path(output))
     print(f"Wrote {output}: {made.rows()} samples of {made.device} in {len(made.tables)} classes")
     for name in made.provenance.get("not_used", []):
         print(f"  not used: {name} (no class of op here)")
     print(f"Next: meshwright costs compile {output} -o {Path(output).with_suffix('.costs')}")
+
+
+def _import_layers(paths: list[str], output: str) -> None:
+    """Galvatron's profiles are of whole layers: they become a layer profile, which no cost model of ops is compiled from."""
+    from meshwright.profiling.importers.galvatron import read_galvatron
+    from meshwright.profiling.layerprofile import write_layer_profile
+
+    made = read_galvatron([Path(p) for p in paths])
+    write_layer_profile(made, Path(output))
+    clusters = ", ".join(f"{c.nodes}x{c.devices_per_node}" for c in made.clusters)
+    print(f"Wrote {output}: a layer profile of {made.model or 'no model'}{f', clusters {clusters}' if clusters else ''}")
+    for name in made.provenance["not_used"]:
+        print(f"  not used: {name} (runs of whole models; no row of a layer)")
+    if missing := made.missing():
+        print(f"  not there: {', '.join(missing)}; give the folder that holds them too, to price a plan")
 
 
 @costs_app.command("compile")

@@ -245,6 +245,7 @@ def apply(plan: Plan, model: nn.Module, *, loss: LossFn | None = None, device: t
     Needs an initialised process group of the plan's size. `loss(output, labels)` is the model file's own where it has one.
     Raises PlanMismatch where ranks or model differ from the plan's.
     """
+    plan.check_runs()
     x = plan.layout
     if not dist.is_initialized():
         raise PlanMismatch(f"apply needs a process group of {x.devices} ranks: call torch.distributed.init_process_group first")
@@ -253,7 +254,8 @@ def apply(plan: Plan, model: nn.Module, *, loss: LossFn | None = None, device: t
     _check_model(plan, model)
     kind = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(kind, (x.pp, x.replicate, x.shard, x.tp), mesh_dim_names=MESH)
-    first, last = plan.solution.stages[mesh["pp"].get_local_rank()].layers
+    own = plan.solution.stages[mesh["pp"].get_local_rank()]
+    first, last = own.layers
     program = plan.solution.program
     keys = [i.name for i in plan.model.inputs]
     stage: nn.Module = ProgramStage(model, program, first, last, mesh) if program else WholeModel(model, keys)
@@ -261,8 +263,8 @@ def apply(plan: Plan, model: nn.Module, *, loss: LossFn | None = None, device: t
     if x.tp > 1:
         shard_modules(plan, model, first, last, mesh)
     _tie(plan, model)
-    for path in paths:
-        recompute(model.get_submodule(path), x.recompute)
+    for i, path in enumerate(paths):
+        recompute(model.get_submodule(path), own.recompute_of(i))
     if any(t.device.type != mesh.device_type for t in (*stage.parameters(), *stage.buffers())):
         stage.to(_device(mesh))
     if x.dp > 1 or plan.workload.precision == "bf16":

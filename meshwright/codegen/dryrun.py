@@ -128,6 +128,7 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
     process group exists already, the model cannot be built, or the program does not run, as where shapes do not fit: it names the module.
     """
     say = progress or (lambda _: None)
+    plan.check_runs()
     x = plan.layout
     per_stage = x.devices // x.pp
     rank = plan.prediction.memory_bytes.peak_stage * per_stage if rank is None else rank
@@ -144,7 +145,9 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
     # with one less, the pipeline is still full, has gradients of an earlier one, and on gloo keeps what it sent last while it filled
     few = m if whole else min(m, max(x.pp + (4 if on_cpu else 2), 4))
     short = plan.solution.program is not None and not whole
+    own = plan.solution.stages[stage]
     kinds = kinds_of([model.get_submodule(p) for p in plan.model.layer_paths])[first:last] if short else ()
+    kinds = tuple((k, own.recompute_of(i)) for i, k in enumerate(kinds))  # layers that recompute otherwise are of another kind
     counts = Counter(kinds)
     base = {k: min(n, FEW) for k, n in counts.items()}
 
@@ -423,7 +426,10 @@ def shortened(plan: Plan, stage: int, kept: Sequence[int] | None, microbatches: 
     flat = [layer for layers in chosen for layer in layers]
     at = {layer: i for i, layer in enumerate(flat)}
     ends = [sum(len(c) for c in chosen[: i + 1]) for i in range(len(chosen))]
-    stages = [o.model_copy(update={"layers": (e - len(c), e)}) for o, c, e in zip(s.stages, chosen, ends, strict=True)]
+    covered = [o.recompute_layers if o.recompute_layers is None else sum(i - o.layers[0] < o.recompute_layers for i in c) for o, c in zip(s.stages, chosen)]
+    stages = [
+        o.model_copy(update={"layers": (e - len(c), e), "recompute_layers": k}) for o, c, e, k in zip(s.stages, chosen, ends, covered, strict=True)
+    ]
     groups = [g.model_copy(update={"layers": tuple(at[i] for i in g.layers if i in at)}) for g in s.layer_shardings]
     paths = tuple(plan.model.layer_paths[i] for i in flat)
     assert s.program is not None

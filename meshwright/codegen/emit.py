@@ -31,6 +31,7 @@ def emit(plan: Plan, folder: str | Path) -> list[Path]:
     The folder appears whole or not at all; an existing one is replaced only if an earlier emit wrote it. Raises InputError if
     the plan's model cannot be written as code.
     """
+    plan.check_runs()
     folder = Path(folder)
     parent = folder.absolute().parent
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "plan.json").exists())):
@@ -126,6 +127,7 @@ class _Writer:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.x, self.program = plan, plan.layout, plan.solution.program
         self.fsdp = self.x.dp > 1 or plan.workload.precision == "bf16"
+        self.recomputes = any(st.recompute != "none" for st in plan.solution.stages)
         self.hf = plan.model.origin == "hf"
         self.schedule = SCHEDULES[self.x.schedule].__name__
         self.ties = split_ties(plan) if self.x.pp > 1 else []
@@ -149,6 +151,8 @@ class _Writer:
             "global_batch": p.workload.global_batch, "micro_batch": x.micro_batch, "seq": p.workload.seq,
             "step_s": f"{p.prediction.step_s.p50:.6g}", "peak_bytes": f"{p.prediction.memory_bytes.peak.p50:.4g}",
             "layers": layer_list(m.layer_paths) if m.layers else "", "stages": literal([s.layers for s in p.solution.stages]),
+            "recompute": literal([(s.recompute, s.layers[1] - s.layers[0] if s.recompute_layers is None else s.recompute_layers)
+                                  for s in p.solution.stages]) if x.recompute == "by stage" else "",
             "tied": literal(self.ties) if self.ties else "", "tables": self._tables() if x.tp > 1 else "", "program": program is not None,
             "n_layers": m.layers, "stage_doc": doc if x.pp > 1 else "The model, returning the tensor that the loss reads.",
             "stem_modules": literal(self._only(program.stem)) if program else "",
@@ -195,7 +199,7 @@ class _Writer:
             names += ["add_tied_gradients", "first_last_pair"] if self.ties else []
         lines.append("from runtime.launch import start")
         lines.append(f"from runtime.pipeline import {', '.join(sorted(names, key=lambda n: (n.islower(), n)))}")
-        if x.recompute != "none":
+        if self.recomputes:
             lines.append("from runtime.recompute import recompute")
         if x.tp > 1:
             lines.append(f"from runtime.tensor_parallel import Local{', convert' if self.converts else ''}")
@@ -247,7 +251,7 @@ class _Writer:
         lines += ['first, last = STAGES[mesh["pp"].get_local_rank()]'] if x.pp > 1 else []
         args = ["model", *(["first", "last"] if x.pp > 1 else []), *(['mesh["tp"]'] if self.converts else [])]
         lines.append(f"stage = Stage({', '.join(args)})")
-        if m.layers and (x.tp > 1 or x.recompute != "none" or self.fsdp):
+        if m.layers and (x.tp > 1 or self.recomputes or self.fsdp):
             lines.append(f"layers = [model.get_submodule(path) for path in LAYERS{span}]")
         lines += self._tensor_parallel() if x.tp > 1 else []
         lines += self._recompute_and_shard()
@@ -290,11 +294,16 @@ class _Writer:
         bf16 = self.plan.workload.precision == "bf16"
         policy = ", mp_policy=policy" if bf16 else ""
         lines = ["policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"] if bf16 else []
-        each = [f'    recompute(layer, "{x.recompute}")'] if x.recompute != "none" else []
+        each = [f'    recompute(layer, "{x.recompute}")'] if self.recomputes and x.recompute != "by stage" else []
+        loop = "for layer in layers:"
+        if x.recompute == "by stage":
+            which = 'mesh["pp"].get_local_rank()' if x.pp > 1 else "0"
+            lines.append(f"mode, covered = RECOMPUTE[{which}]")
+            each, loop = ['    recompute(layer, mode if i < covered else "none")'], "for i, layer in enumerate(layers):"
         if self.fsdp:
             note = "  # gathered again for backward" if x.zero == 3 else ""
             each.append(f"    fully_shard(layer, mesh={mesh}, reshard_after_forward={x.zero == 3}{policy}){note}")
-        lines += ["for layer in layers:", *each] if each and self.plan.model.layers else []
+        lines += [loop, *each] if each and self.plan.model.layers else []
         return lines + ([f"fully_shard(stage, mesh={mesh}, reshard_after_forward=False{policy})"] if self.fsdp else [])
 
     def _weights(self, span: str) -> list[str]:

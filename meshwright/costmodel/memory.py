@@ -96,7 +96,7 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
     if loss is not None:
         output = _loss_in_place(loss, sharded, b, nbytes, born, dies)
         if loss_chunks > 1:
-            parts = {loss.name, *(op.name for op in _of_logits(block, loss))}
+            parts = {loss.name, *(op.name for op in of_logits(block, loss))}
             part = np.array([s.op in parts and not s.gradient for s in block.storages], bool)
             summed = np.array([s.op in parts and s.gradient for s in block.storages], bool)
             nbytes[:, part] /= loss_chunks
@@ -196,7 +196,7 @@ def _loss_in_place(loss: Op, sharded: ShardedBlock, b: np.ndarray, nbytes: np.nd
     runs forward: its caller holds them.
     """
     block = sharded.block
-    made = next(reversed(list(_of_logits(block, loss))), None)
+    made = next(reversed(list(of_logits(block, loss))), None)
     own = np.array([s.op == loss.name for s in block.storages], bool)
     backward = np.array([s.backward for s in block.storages], bool)
     first = min((t for t, mine in zip(born, own & ~backward, strict=True) if mine), default=0)
@@ -209,7 +209,7 @@ def _loss_in_place(loss: Op, sharded: ShardedBlock, b: np.ndarray, nbytes: np.nd
     return np.asarray(nbytes[:, logits].sum(axis=1))
 
 
-def _of_logits(block: Block, loss: Op) -> Iterator[Op]:
+def of_logits(block: Block, loss: Op) -> Iterator[Op]:
     """The ops whose results are logits, from the loss up to the product that makes them."""
     for op in _upwards(block, loss):
         yield op

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -137,21 +137,39 @@ def _attention(out: Priced, picked: list[int], sharded: ShardedBlock, device: De
 
 
 def _experts(out: Priced, picked: list[int], sharded: ShardedBlock, device: Device, b: np.ndarray, costs: CostModel) -> None:
-    """Grouped products of experts; where only dense products were measured, as dense ones of the mean expert's size."""
+    found = expert_seconds(sharded, device, b, costs)
+    out.basis |= found.basis
+    out.forward[:, picked], out.backward[:, picked] = found.forward[:, picked], found.backward[:, picked]
+
+
+def expert_seconds(sharded: ShardedBlock, device: Device, batches: np.ndarray, costs: CostModel | None, ep: int = 1, etp: int = 1) -> Priced:
+    """Grouped products of experts on one rank, other ops zero: with balanced routing as many rows over 1 / ep of the experts, or, with
+    expert tensor parallelism, `etp` times the rows over a part of each expert. Where only dense products were measured, as dense ones
+    of the mean expert's size. [batches, ops]"""
+    b, ops = np.asarray(batches, float), sharded.block.ops
+    picked = [i for i, op in enumerate(ops) if op.kind == "experts"]
+    out = Priced(np.zeros((len(b), len(ops))), np.zeros((len(b), len(ops))))
+    for seconds, table in ((out.forward, forward_table(sharded)), (out.backward, backward_table(sharded))):
+        local = np.array([1.0 / (ep * etp), float(1)])  # weights are the constant part of what is moved
+        seconds[:, picked] = op_seconds(replace(table, bytes=table.bytes * local), device, b)[:, picked]
+    if costs is None:
+        return out
     for i in picked:
-        op = sharded.block.ops[i]
+        op = ops[i]
         dtype = DTYPES.get(op.dtype, "")
-        part = _local(op, sharded)
+        part = list(_local(op, sharded))
+        part[1] *= etp
+        part[2 if i == picked[0] else 3] /= etp
         m, n, k = (np.maximum(1.0, _grown(op, name, b) * p) for name, p in zip(("m", "n", "k"), part[1:]))
-        experts = float(op.dims.get("experts", 1))
         basis = costs.basis("grouped_gemm", dtype=dtype)
         out.basis["grouped_gemm"] = basis
         if basis == "datasheet":
             continue
-        rate = _in_step(device, dtype)
-        forward = costs.seconds("grouped_gemm", dtype=dtype, groups=experts, m=m, n=n, k=k) / rate
+        experts = max(1.0, float(op.dims.get("experts", 1)) / ep)
+        forward = costs.seconds("grouped_gemm", dtype=dtype, groups=experts, m=m, n=n, k=k) / _in_step(device, dtype)
         ratio = op.backward.flops.at(1) / max(op.forward.flops.at(1), 1.0)
         out.forward[:, i], out.backward[:, i] = forward, forward * ratio
+    return out
 
 
 def _traffic(out: Priced, sharded: ShardedBlock, device: Device, b: np.ndarray, costs: CostModel) -> None:

@@ -257,7 +257,7 @@ SCHEDULES: dict[str, Schedule] = {
             lambda p, r, m, v: min(m * v, 2 * (p - r - 1) + (v - 1) * p + 1) / v, vpp=(2, None),
         ),
         Schedule(
-            "ZB-1p", ("ZB-H1", "ZB1", "InterleavedZeroBubble"), partial(looped, slope=1, delay=1),
+            "ZB-1p", ("ZB-H1", "ZB1", "InterleavedZeroBubble", "zero-bubble"), partial(looped, slope=1, delay=1),
             lambda p, r, m, v: min(m, p), vpp=(1, None),
         ),
         Schedule("ZB-2p", ("ZB-H2", "ZB2"), partial(looped, slope=2, delay=2), lambda p, r, m, v: min(m, 2 * p - 1)),

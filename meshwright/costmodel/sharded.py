@@ -33,7 +33,8 @@ class ShardedBlock(Frozen):
 
     `params` and `states` give the placement of parameters and values ("S0", "I", "R", "P"), `divided` the ops whose work the
     ranks share, `gathered` the values that exist whole beside their shard, `sizes` the attributes of submodules to set to
-    their local value, `unknown` the ops computed replicated for want of a rule.
+    their local value, `unknown` the ops computed replicated for want of a rule. `routed` are the ops that see each token at its
+    experts (`routed_ops`). `kv_replicated`: every rank has all key-value heads and uses those of its own query heads.
     """
 
     block: Block
@@ -49,11 +50,13 @@ class ShardedBlock(Frozen):
     gathered: frozenset[str] = frozenset()
     sizes: dict[str, int] = {}
     unknown: tuple[str, ...] = ()
+    routed: frozenset[str] = frozenset()
+    kv_replicated: bool = False
 
     @classmethod
     def whole(cls, block: Block) -> ShardedBlock:
         """The block on one rank."""
-        return cls(block=block, ranks=1)
+        return cls(block=block, ranks=1, routed=routed_ops(block))
 
     def share(self, value: str) -> float:
         """The part of a value (or "param:<name>") that one rank holds."""
@@ -64,3 +67,9 @@ class ShardedBlock(Frozen):
     def numel(self) -> float:
         """Parameters that one rank holds."""
         return sum(p.numel * self.share(f"param:{p.name}") for p in self.block.params)
+
+
+def routed_ops(block: Block) -> frozenset[str]:
+    """Names of the ops that are dispatched to experts: those of the modules that hold grouped products, not of the router."""
+    modules = {op.module for op in block.ops if op.kind == "experts"}
+    return frozenset(op.name for op in block.ops if any(op.module == m or op.module.startswith(m + ".") for m in modules))

@@ -15,7 +15,7 @@ is one); a layer's gradients are reduced; those outside the layers are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -40,6 +40,7 @@ class Shape:
     compute_bytes: float
     mixed: bool  # computes in fewer bits than fp32
     schedule: str = "1f1b"
+    vpp: int = 1  # chunks of a rank
     state_bytes: float = 8.0  # of the optimizer, per parameter
     first: bool = False  # the first backward of a step rather than a later one: nothing is summed yet
 
@@ -74,12 +75,34 @@ class Blocks:
     keeps_result: np.ndarray  # bool: what the block returns is among what it keeps
     last_numel: np.ndarray  # of the block's last parameter, whose gradient a reduction holds longest
     tied: np.ndarray  # of the block's parameters, those that an earlier block holds: in `numel` of that one only, with gradients of their own
-    recomputes: bool = False  # layers keep what goes into them
+    recomputes: Any = False  # layers keep what goes into them; bool, or bool of each block
     backward_first: np.ndarray | None = None  # `backward` where no sum exists yet, if that differs
     side: float = 0.0  # what layers take besides the carry
     output: float = 0.0  # what the model returns
     inputs: float = 0.0  # of all microbatches
     handed: float = 0.0  # from stage to stage
+
+
+_ARRAYS = (
+    "layer", "kept", "forward", "backward", "saved", "carry", "numel", "padded", "buffers", "incoming", "keeps_result", "last_numel", "tied",
+    "recomputes", "backward_first",
+)  # fmt: skip
+_BOOLS = ("layer", "keeps_result", "recomputes")
+_SCALARS = ("side", "output", "inputs", "handed")
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a rank stands in the pipeline. Numbers, or one for each range of blocks that is asked for.
+
+    Chunks that follow on each other (where a V turns) are one. Assumed of several: each has receive buffers of its own, takes `side` and
+    holds what it returns as a stage of its own would; between two of them a microbatch runs on as inside a stage.
+    """
+
+    stem: Any  # holds the model's first block
+    head: Any  # holds its last
+    chunks: Any  # parts of the model that do not follow on each other
+    returned: Any  # bytes of a microbatch that chunks returned, where the pipeline alone holds them; less what receive buffers hold already
 
 
 @dataclass(frozen=True)
@@ -115,6 +138,17 @@ class RangeMax:
         return np.where(b > a, np.maximum(first, second), -np.inf)
 
 
+def _range_max(values: np.ndarray, a: Any, b: Any) -> Any:
+    """Maximum of values over ranges [a, b), by the cheaper of two ways; minus infinity where a range is empty."""
+    a, b = np.broadcast_arrays(a, b)
+    n = len(values)
+    if a.size > 2 and float(np.maximum(b - a, 0).sum()) > n * n.bit_length():
+        return RangeMax(values)(a, b)
+    pairs = np.stack([np.minimum(a, n).ravel(), np.minimum(b, n).ravel()], axis=1).ravel()
+    found = np.maximum.reduceat(np.append(values, -np.inf), pairs)[::2]
+    return np.where(b > a, found.reshape(a.shape), -np.inf)
+
+
 class StageMemory:
     """Live bytes of any interval of layers as any stage of a layout."""
 
@@ -139,49 +173,70 @@ class StageMemory:
 
     def span(self, first: Any, last: Any, stage: int) -> tuple[Any, Any]:
         """Blocks [begin, end) of layers [first, last) as `stage`."""
+        return self.blocks(first, last, stage == 0, stage == self.x.pp - 1)
+
+    def blocks(self, first: Any, last: Any, stem: Any, head: Any) -> tuple[Any, Any]:
+        """Blocks [begin, end) of layers [first, last), with all that stands before the layers or behind them or without."""
         n, at = len(self.b.layer), self.at
-        begin = np.where(stage == 0, 0, at[np.minimum(first, len(at) - 1)] if len(at) else 0)
-        end = np.where(stage == self.x.pp - 1, n, at[np.maximum(last, 1) - 1] + 1 if len(at) else n)
+        begin = np.where(stem, 0, at[np.minimum(first, len(at) - 1)] if len(at) else 0)
+        end = np.where(head, n, at[np.maximum(last, 1) - 1] + 1 if len(at) else n)
         return begin, end
 
-    def flying(self, stage: int) -> float:
-        """Microbatches whose activations the stage holds, the one that runs included."""
+    def flying(self, rank: Any) -> Any:
+        """Microbatches whose activations the rank holds, the one that runs included; a chunk counts 1 / vpp."""
         x = self.x
         microbatches = x.microbatches if x.first or x.microbatches == 1 else x.microbatches - 1
         schedule = schedules.find(x.schedule)
-        return schedule.in_flight(x.pp, stage, microbatches, schedule.vpp[0])
+        vpp = max(x.vpp, schedule.vpp[0])
+        held = [schedule.in_flight(x.pp, int(r), microbatches, vpp) for r in np.ravel(rank)]
+        return np.reshape(held, np.shape(rank)) if np.ndim(rank) else held[0]
 
-    def returned(self, end: Any, stage: int) -> Any:
-        """What a stage that is not the last returned, where the pipeline alone holds it; less what a receive buffer holds already."""
-        received = self.b.handed * (stage > 0 and self.b.recomputes)
-        return self.b.handed * ~self.b.keeps_result[np.minimum(end, len(self.b.layer)) - 1] * (stage < self.x.pp - 1) - received
+    def returned(self, begin: Any, end: Any, stem: Any, head: Any) -> Any:
+        """What one chunk returned, where the pipeline alone holds it; less what a receive buffer holds already."""
+        returns = ~self.b.keeps_result[np.minimum(end, len(self.b.layer)) - 1] * np.logical_not(head)
+        received = np.asarray(self.b.recomputes)[begin if np.ndim(self.b.recomputes) else ...] * np.logical_not(stem)
+        return self.b.handed * returns - self.b.handed * received
+
+    def place(self, begin: Any, end: Any, stage: int) -> Place:
+        """Of blocks [begin, end) as `stage` of a pipeline with one chunk a rank."""
+        stem, head = stage == 0, stage == self.x.pp - 1
+        return Place(stem, head, 1, self.returned(begin, end, stem, head))
 
     def base(self, begin: Any, end: Any, stage: int) -> Parts:
-        """What is there at every moment."""
+        """What is there at every moment in blocks [begin, end) as `stage`."""
+        return self.base_at(begin, end, self.place(begin, end, stage), self.flying(stage))
+
+    def base_at(self, begin: Any, end: Any, place: Place, flying: Any) -> Parts:
+        """The same with so many microbatches in flight at `place`."""
+        constant, kept, own = self._base(begin, end, place)
+        return {**constant, "activations": (flying - 1) * kept + own}
+
+    def _base(self, begin: Any, end: Any, place: Place) -> tuple[Parts, Any, Any]:
+        """Parts whatever is in flight, activations of a microbatch in flight, and what the running one has before its first block."""
         x, s = self.x, self._sums
 
         def between(key: str) -> Any:
             return s[key][end] - s[key][begin]
 
         c = x.compute_bytes * x.fsdp
-        flying = self.flying(stage)
-        kept = between("kept") + (self.b.side if stage else 0.0) + self.returned(end, stage)
-        kept = kept + (self.b.output if x.pp > 1 and stage == x.pp - 1 else 0.0)
+        received = place.chunks - place.stem * 1  # chunks that another rank hands to
+        own = self.b.side * received + place.returned
+        kept = between("kept") + own + self.b.output * place.head * (x.pp > 1)
         gradients: Any = 0.0
         if x.microbatches > 1 and not x.first:
             gradients = REDUCED * (between("numel") if x.sums_whole else between("padded") / x.shards)
-        received = (stage > 0) + (stage < x.pp - 1) if x.pp > 1 else 0
-        return {
+        links = received + place.chunks - place.head * 1
+        constant = {
             "parameters": MASTER * between("padded") / x.shards + between("buffers"),
             "gathered": c * (between("root_padded") if x.zero == 3 else between("padded")),
             "gradients": gradients,
             "optimizer": x.state_bytes * between("padded") / x.shards,
-            "activations": (flying - 1) * kept + (self.b.side if stage else 0.0) + self.returned(end, stage),
-            "communication": (received * x.microbatches + (stage > 0 and x.microbatches > 1)) * self.b.handed,
+            "communication": (links * x.microbatches + (received > 0) * (x.microbatches > 1)) * self.b.handed,
             "inputs": self.b.inputs,
         }
+        return constant, kept, own
 
-    def moments(self, begin: Any, end: Any, stage: int) -> list[Moment]:
+    def moments(self, begin: Any, end: Any, place: Place) -> list[Moment]:
         """The candidates for the peak, beside the base, of blocks [begin, end)."""
         x, b, s = self.x, self.b, self._sums
         at = self.at
@@ -194,11 +249,10 @@ class StageMemory:
         low = at[np.clip(lows, 0, max(len(at) - 1, 0))] if len(at) else np.zeros_like(begin)
         high = at[np.clip(highs, 0, max(len(at) - 1, 0))] if len(at) else np.zeros_like(begin)
         low, high = np.where(some, low, begin), np.where(some, high, begin)
-        last_stage = stage == x.pp - 1
-        output = b.output if last_stage and x.pp > 1 else 0.0
+        output = b.output * place.head * (x.pp > 1)
 
         one = x.microbatches == 1 or x.first
-        sums_tied = c * float(b.tied.sum()) * (stage == 0) * (x.pp == 1)  # two gradients of one tensor, and their sum
+        sums_tied = c * (s["tied"][end] - s["tied"][begin]) * (x.pp == 1)  # two gradients of one tensor, and their sum
         before = s["kept"][:-1]  # kept by the blocks before each, from the model's start
         own_grads = x.fsdp and not (x.sums_whole and not x.mixed)  # new gradients lie beside the sums until they are reduced or added
         root_grads = (c if x.fsdp else REDUCED) * (own_grads or one)
@@ -226,7 +280,7 @@ class StageMemory:
         running = np.where(b.layer, b.padded, 0.0) * c * zero3
         flat = np.where(self._below >= 0, b.padded[self._below], 0.0) * c * zero3 * (shards > 1) * b.layer
         reading = np.where(self._above >= 0, b.padded[self._above], 0.0) * REDUCED * reduces
-        arrived = b.incoming[high] * (not last_stage)  # in a receive buffer, which the base counts
+        arrived = b.incoming[high] * np.logical_not(place.head)  # in a receive buffer, which the base counts
         saved = np.minimum(b.saved, b.backward)
 
         def score(extra_communication: Any) -> Parts:
@@ -241,16 +295,17 @@ class StageMemory:
         zeros = np.zeros(n)
         forward = {
             "activations": before + np.minimum(b.kept, b.forward), "gathered": running,
-            "temporaries": np.maximum(b.forward, flat) - np.minimum(b.kept, b.forward),  # or the flat buffer of the layer before
-            "communication": running * (shards > 1),
+            "temporaries": b.forward - np.minimum(b.kept, b.forward), "communication": running * (shards > 1),
         }  # fmt: skip
+        later = {**forward, "temporaries": np.maximum(b.forward, flat) - np.minimum(b.kept, b.forward)}  # or the flat buffer of the layer before
         root_flat = c * between(s["root_padded"]) * zero3 * (shards > 1)
         sums = const({})
         sums["temporaries"] = sums["temporaries"] + sums_tied
         # whether there is a backward that is neither the first nor the last
         between_steps = not (x.fsdp and x.sums_whole and x.pp == 1 and x.microbatches == 2 and not x.first)
         found = [
-            Moment("forward", {"activations": -s["kept"][begin], "communication": leftover}, forward, begin, end),
+            Moment("forward", {"activations": -s["kept"][begin], "communication": leftover}, forward, begin, low + 1),
+            Moment("forward", {"activations": -s["kept"][begin], "communication": leftover}, later, low + 1, end),
             Moment("forward", {"activations": -s["kept"][begin], "communication": leftover + root_flat}, forward, begin, low),
             Moment(  # the first layer is gathered while the root's buffer is there
                 "forward",
@@ -334,38 +389,47 @@ class StageMemory:
 
     def live(self, first: Any, last: Any, stage: int) -> Any:
         """Peak live bytes of layers [first, last) as `stage`; numbers or arrays."""
-        return self._live_of(first, last, [stage])[0]
+        begin, end = self.span(first, last, stage)
+        return self.live_at(begin, end, self.place(begin, end, stage), stage)
 
     def live_of_stages(self, first: Any, last: Any) -> list[Any]:
         """The same as each stage in turn."""
-        return self._live_of(first, last, range(self.x.pp))
-
-    def _live_of(self, first: Any, last: Any, stages: Iterable[int]) -> list[Any]:
-        heights: dict[tuple[bool, bool, bool], tuple[Any, Any]] = {}  # above what is always there: the stages between the ends are alike
-
-        def live(memory: StageMemory, stage: int, begin: Any, end: Any) -> Any:
-            kind = (memory.x.first, stage == 0, stage == self.x.pp - 1)
-            if kind not in heights:
-                busy, idle = np.full(np.shape(begin), -np.inf), np.full(np.shape(begin), -np.inf)
-                for m in memory.moments(begin, end, stage):
-                    if m.idle:
-                        idle = np.maximum(idle, memory._height(m))
-                    else:
-                        busy = np.maximum(busy, memory._height(m))
-                heights[kind] = busy, idle
-            base = memory.base(begin, end, stage)
-            total = sum(base.values())
-            return np.maximum(total + heights[kind][0], total - base["activations"] + heights[kind][1])
-
-        found = []
-        for stage in stages:
-            begin, end = self.span(first, last, stage)
-            peak = live(self, stage, begin, end)
-            two = self.x.pp == 1 and self.x.microbatches == 2 and self.x.fsdp  # no backward of two is like a later one
-            if self._first is not None and (two or self._first.flying(stage) > self.flying(stage)):
-                peak = np.maximum(peak, live(self._first, stage, begin, end))
-            found.append(peak)
+        found: list[Any] = []
+        for ranks in ([0], range(1, self.x.pp - 1), [self.x.pp - 1][: self.x.pp - 1]):  # the stages between the ends are alike
+            if len(ranks):
+                begin, end = self.span(first, last, ranks[0])
+                of_rank = np.reshape(ranks, (-1, *[1] * np.ndim(begin)))
+                found += list(self.live_at(begin, end, self.place(begin, end, ranks[0]), of_rank))
         return found
+
+    def live_at(self, begin: Any, end: Any, place: Place, rank: Any) -> Any:
+        """Peak live bytes of blocks [begin, end) at `place`, as `rank` in the order of the pipeline; numbers or arrays, broadcast."""
+        flying = self.flying(rank)
+        peak = self._peaks(begin, end, place, flying)
+        if self._first is not None:
+            early = self._first.flying(rank)
+            two = self.x.pp == 1 and self.x.microbatches == 2 and self.x.fsdp  # no backward of two is like a later one
+            more = (early > flying) | two
+            if np.any(more):
+                peak = np.where(more, np.maximum(peak, self._first._peaks(begin, end, place, early)), peak)
+        return peak
+
+    def least_at(self, begin: Any, end: Any, place: Place, rank: Any) -> Any:
+        """A lower bound on `live_at` that grows with all that blocks hold: the last block's forward alone."""
+        constant, kept, own = self._base(begin, end, place)
+        before = self._sums["kept"][end - 1] - self._sums["kept"][begin]
+        return sum(constant.values()) + (self.flying(rank) - 1) * kept + own + before + self.b.forward[end - 1]
+
+    def _peaks(self, begin: Any, end: Any, place: Place, flying: Any) -> Any:
+        busy, idle = np.full(np.shape(begin), -np.inf), np.full(np.shape(begin), -np.inf)
+        for m in self.moments(begin, end, place):
+            if m.idle:
+                idle = np.maximum(idle, self._height(m))
+            else:
+                busy = np.maximum(busy, self._height(m))
+        constant, kept, own = self._base(begin, end, place)
+        total = sum(constant.values())
+        return np.maximum(total + ((flying - 1) * kept + own) + busy, total + idle)
 
     @cached_property
     def _first(self) -> StageMemory | None:
@@ -378,17 +442,21 @@ class StageMemory:
     def _height(self, m: Moment) -> Any:
         total = sum(m.parts.values())
         if m.scores:
-            total = total + RangeMax(np.asarray(sum(m.scores.values()), float))(m.begin, m.end)
+            total = total + _range_max(np.asarray(sum(m.scores.values()), float), m.begin, m.end)
         return np.where(m.needs, total, -np.inf)
 
     def peak(self, first: int, last: int, stage: int) -> tuple[str, int, dict[str, float]]:
-        """The moment of the peak, its block, and its bytes by category."""
+        """The moment of the peak of layers [first, last) as `stage`, its block, and its bytes by category."""
         begin, end = self.span(first, last, stage)
-        base = self.base(begin, end, stage)
-        heights = [(float(self._height(m) - base["activations"] * m.idle), m) for m in self.moments(begin, end, stage)]
+        return self.peak_at(begin, end, self.place(begin, end, stage), stage)
+
+    def peak_at(self, begin: Any, end: Any, place: Place, rank: int) -> tuple[str, int, dict[str, float]]:
+        """The same of blocks [begin, end) at `place`."""
+        base = self.base_at(begin, end, place, self.flying(rank))
+        heights = [(float(self._height(m) - base["activations"] * m.idle), m) for m in self.moments(begin, end, place)]
         height, best = max(heights, key=lambda x: x[0])
-        if self._first is not None and float(self.live(first, last, stage)) > sum(base.values()) + height:
-            return self._first.peak(first, last, stage)
+        if self._first is not None and float(self.live_at(begin, end, place, rank)) > sum(base.values()) + height:
+            return self._first.peak_at(begin, end, place, rank)
         if best.idle:
             base = {**base, "activations": 0.0}
         at, parts = int(end) - 1, dict(best.parts)
@@ -397,3 +465,23 @@ class StageMemory:
             at = int(best.begin) + int(np.argmax(total[int(best.begin) : int(best.end)]))
             parts = {k: parts.get(k, 0.0) + (best.scores[k][at] if k in best.scores else 0.0) for k in {*parts, *best.scores}}
         return best.name, at, {k: float(base.get(k, 0.0) + parts.get(k, 0.0)) for k in CATEGORIES}
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """What blocks hold, [_ARRAYS, blocks]."""
+        own = {name: getattr(self.b, name) for name in _ARRAYS}
+        own["backward_first"] = self.b.backward if self.b.backward_first is None else self.b.backward_first
+        own["recomputes"] = np.broadcast_to(self.b.recomputes, len(self.b.layer))
+        return np.array([own[name] for name in _ARRAYS], float)
+
+
+def joined(memories: Sequence[StageMemory], index: np.ndarray) -> StageMemory:
+    """Blocks of several memories of one layout, one behind another: `index` counts through those of each in turn."""
+    one = memories[0]
+    for m in memories[1:]:
+        differ = [name for name in _SCALARS if getattr(m.b, name) != getattr(one.b, name)]
+        if differ or m.x != one.x:
+            raise ValueError(f"stage memories of one layout differ in {', '.join(differ) or 'their shape'}")
+    table = np.concatenate([m._table for m in memories], axis=1)[:, index]
+    arrays: dict[str, Any] = {name: row > 0 if name in _BOOLS else row for name, row in zip(_ARRAYS, table, strict=True)}
+    return StageMemory(Blocks(**arrays, **{name: getattr(one.b, name) for name in _SCALARS}), one.x)

@@ -1,93 +1,83 @@
 """One training step: a model bound to a cluster becomes arrays, and any number of layouts is priced at once.
 
-Everything that a layout costs adds up over the blocks that a pipeline stage holds:
+Everything that a layout costs adds up over the blocks that a pipeline rank holds:
 
-    c[u]   seconds of one microbatch in block u: forward, backward, recompute, the tensor-parallel collectives between them,
-           and what per-microbatch data-parallel traffic its own compute does not hide
+    c[u]   seconds of one microbatch in block u: forward, backward, recompute, the collectives of tensor, context and expert
+           parallelism inside it, and what per-microbatch data-parallel traffic its own compute does not hide
     e[u]   seconds once per step: gathering, reducing, the optimizer
 
-so that a step is (m - 1) max c + sum c + max e over the stages (pipeline.step_1f1b), and a bound for any way to cut the model
-into stages follows from the sums and the largest block alone.
+and a step is (m - r) max c + r sum c + max e over the ranks, with r the schedule's bubble over that of 1F1B: 1F1B exactly, for equal
+ranks; the others from the closed forms of costmodel/pipeline.py at the model's mean forward, backward and weight gradient.
+
+Context parallelism (Liu et al. 2023, arXiv 2310.01889): each rank has 1 / cp of a sample's tokens, so that a block costs as one with
+1 / cp of the samples; keys and values go round the ring behind attention, or queries, keys, values and results change from tokens
+to heads and back by all-to-all (Jacobs et al. 2023, arXiv 2309.14509). Expert parallelism sends each token to its experts and
+back, twice a layer, forward and backward (Lepikhin et al. 2020, arXiv 2006.16668), with balanced routing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-from meshwright.costmodel import collectives, constants
+from meshwright.costmodel import collectives, constants, schedules
 from meshwright.costmodel.allocator import Coefficients, surroundings
-from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED, SAVED_KINDS, BlockMemory, block_memory, last_needed
-from meshwright.costmodel.model import CostModel
-from meshwright.costmodel.pricing import price_ops
+from meshwright.costmodel.blockcosts import Tables
+from meshwright.costmodel.groups import Progressions, by_group
+from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, STATE_DTYPES, Layouts
+from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED
+from meshwright.costmodel.model import CostModel, for_device
+from meshwright.costmodel.pipeline import RAMPS, Ramp
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.costmodel.stagememory import Blocks, Shape, StageMemory
 from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.graph import ModelGraph
 
-RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("1f1b", "gpipe")  # GPipe takes as long and holds more: only where it is asked for
 # Share of traffic that hides behind compute where there is enough of it, fitted to published runs (constants.yaml).
 OVERLAP = constants.value("overlap")
 ACCUMULATE_BYTES = 10.0  # per parameter and microbatch: reads a 16-bit gradient, reads and writes an fp32 sum
 # Nine of ten uncalibrated predictions of published runs by models of this kind were within this factor.
 SPREAD = 1.3
-
-
-@dataclass(frozen=True)
-class Layouts:
-    """Layouts as arrays of one length. `recompute` indexes RECOMPUTE, `schedule` SCHEDULES."""
-
-    tp: np.ndarray
-    sp: np.ndarray
-    pp: np.ndarray
-    dp: np.ndarray
-    zero: np.ndarray
-    micro_batch: np.ndarray
-    microbatches: np.ndarray
-    recompute: np.ndarray
-    schedule: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tp)
-
-    def take(self, index: np.ndarray | slice) -> Layouts:
-        return Layouts(*(getattr(self, f)[index] for f in self.__dataclass_fields__))
-
-
-@dataclass(frozen=True)
-class BlockCost:
-    """Seconds of one block on one rank for each microbatch size: compute and tensor-parallel communication, by phase."""
-
-    forward: np.ndarray
-    backward: np.ndarray
-    recompute: np.ndarray  # [3, batches]: none, selective, full
-    comm_forward: np.ndarray
-    comm_backward: np.ndarray
-    comm_recompute: np.ndarray  # [3, batches]
-    memory: BlockMemory
+Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Priced:
-    """What `Bound.price` says of each layout and each unique block. All [layouts, blocks] but `send`."""
+    """What `Bound.price` says of each layout. [types, layouts, blocks] unless said otherwise: types of device differ in speed."""
 
-    forward: np.ndarray
-    backward: np.ndarray
-    once: np.ndarray
-    parts: dict[str, np.ndarray]  # what forward + backward add up from, by name
-    optimizer: np.ndarray  # of `once`
-    kept: np.ndarray
-    numel: np.ndarray
-    send: np.ndarray  # [layouts]
-    carry: np.ndarray  # [layouts] bytes
+    forward: Array
+    backward: Array
+    again: Array  # [types, layouts, 3, blocks]: what each recompute mode adds to a backward
+    once: Array
+    optimizer: Array  # of `once`
+    parts: dict[str, Array]  # what forward + backward add up from, by name
+    ratio: Array  # [layouts] bubble of the schedule over that of 1F1B
+    send: Array  # [layouts] seconds of one transfer between stages
+    sharding: Array  # [layouts] index of the sharding
+    batch: Array  # [layouts] index of microbatch over cp
+    dense: Array  # [layouts, blocks] parameters on a rank that are not an expert's
+    experts: Array  # [layouts, blocks] parameters of experts on a rank
+    held: Array  # [layouts, blocks] least bytes of parameters, gradients and optimizer on a rank
+    kept: Array  # [layouts, 3, blocks] bytes that a microbatch leaves for backward, by recompute mode
+    carry: Array  # [layouts] bytes between layers
 
     @property
-    def per_microbatch(self) -> np.ndarray:
+    def c(self) -> Array:
+        """Seconds of a microbatch without recompute."""
         return self.forward + self.backward
+
+    def take(self, rows: Array) -> Priced:
+        out = {}
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if isinstance(x, dict):
+                out[f.name] = {k: v[:, rows] for k, v in x.items()}
+            else:
+                out[f.name] = x[:, rows] if f.name in ("forward", "backward", "again", "once", "optimizer") else x[rows]
+        return Priced(**out)
 
 
 def _tied_twice(graph: ModelGraph) -> dict[int, set[str]]:
@@ -103,235 +93,367 @@ def _tied_twice(graph: ModelGraph) -> dict[int, set[str]]:
 class Bound:
     """A ModelGraph bound to a Cluster: prices arrays of layouts.
 
-    `shardings[tp, sp]` are the graph's blocks sharded that way, in block order; `micro_batches` the sizes that may occur.
+    `shardings[tp, sp]` are the graph's blocks sharded that way, in block order; `batches` the values of microbatch over cp that may
+    occur. `costs` is the cost model of the cluster's device; of a mixed cluster each device has its own.
     """
 
     def __init__(
         self, graph: ModelGraph, cluster: Cluster, shardings: Mapping[tuple[int, bool], Sequence[ShardedBlock]],
-        micro_batches: Sequence[int], costs: CostModel | None = None, optimizer: str = "adamw",
+        batches: Sequence[float], costs: CostModel | None = None, optimizer: str = "adamw",
     ) -> None:  # fmt: skip
         self.graph, self.cluster, self.costs, self.optimizer = graph, cluster, costs, optimizer
-        self.basis: dict[str, str] = {}  # kind of op -> "fitted" or "datasheet"
-        self.shardings = dict(shardings)
-        self.batches = np.array(sorted(set(micro_batches)))
-        self.index = {key: i for i, key in enumerate(self.shardings)}
+        self.index = {key: i for i, key in enumerate(shardings)}
+        self.batches = np.array(sorted(set(batches)), float)
         self.compute_bytes = 2.0 if graph.precision == "bf16" else 4.0
         self.counts = np.bincount([o.block for o in graph.sequence], minlength=len(graph.blocks))
-        self.repeated = np.array([b.repeated for b in graph.blocks])
-        self._groups: dict[tuple[int, int, int], tuple[object, object]] = {}
-        rows = [[self._block_cost(s) for s in blocks] for blocks in self.shardings.values()]
-
-        def stack(pick: str) -> np.ndarray:  # [shardings, blocks, ..., batches]
-            return np.array([[getattr(c, pick) for c in row] for row in rows])
-
-        self._f, self._b, self._cf, self._cb = (stack(n) for n in ("forward", "backward", "comm_forward", "comm_backward"))
-        self._r, self._cr = stack("recompute"), stack("comm_recompute")
-        memory = [[c.memory for c in row] for row in rows]
-        self._memory = memory
-        self._kept = np.array([[[m.kept(r) for r in RECOMPUTE] for m in row] for row in memory])
-        self._again = np.array([[[m.again(r) for r in RECOMPUTE] for m in row] for row in memory])
-        fields = ("saved", "forward", "backward", "backward_in_place", "carry", "output", "side", "incoming")
-        self._bytes = {name: np.array([[getattr(m, name) for m in row] for row in memory]) for name in fields}  # [shardings, blocks, batches]
-        self._carry = self._bytes["carry"]
-        self._numel = np.array([[m.numel for m in row] for row in memory])
-        self._buffers = np.array([m.buffers for m in memory[0]]) if memory else np.zeros(0)
-        self._keeps_result = np.array([[m.keeps_result for m in row] for row in memory])
+        self.repeated = np.array([b.repeated for b in graph.blocks], bool)
+        self.order = np.array([o.block for o in graph.sequence])
+        self.groups = Progressions(cluster)
+        self.devices = list(dict.fromkeys(n.spec for n in cluster.nodes)) if cluster.mixed else [cluster.device]
+        priced_by = [(d, for_device(d.name) if cluster.mixed and costs is not None else costs) for d in self.devices]
+        tp_group = {tp: self.groups.group(tp, 1) for tp in {tp for tp, _ in shardings}}
+        self.tables = Tables(shardings, priced_by, self.batches, tp_group, self.repeated)
+        self.basis = self.tables.basis  # kind of op -> "fitted" or "datasheet"
         self._twice = _tied_twice(graph)
-        # stem and head are not checkpointed: recompute of theirs is as none
-        for i in np.flatnonzero(~self.repeated):
-            for table in (self._kept, self._again):
-                table[:, i, 1:] = table[:, i, :1]
-            self._r[:, i] = 0.0
-            self._cr[:, i] = 0.0
+        self._moe = bool(self.tables.expert_numel.any())
 
-    def _block_cost(self, sharded: ShardedBlock) -> BlockCost:
-        priced = price_ops(sharded, self.cluster.device, self.batches, self.costs)
-        self.basis.update(priced.basis)
-        forward, backward = priced.forward, priced.backward
-        ops = sharded.block.ops
-        last = last_needed(sharded.block)
-        again = np.array([i <= last for i in range(len(ops))])
-        cheap = again & np.array([op.kind not in SAVED_KINDS for op in ops])
-        zero = np.zeros(len(self.batches))
-        recompute = np.array([zero, forward[:, cheap].sum(1), forward[:, again].sum(1)])
-        order = {op.name: i for i, op in enumerate(ops)}
-        tp = self._tp_group(sharded.ranks)
-        comm = {"forward": zero, "backward": zero}
-        comm_again = [zero, zero, zero]
-        for c in sharded.collectives:
-            t = collectives.seconds(c.op, c.amount.const + self.batches * c.amount.per_sample, tp, self.costs)
-            comm[c.phase] = comm[c.phase] + t
-            if c.phase == "forward" and order.get(c.value.partition(":")[0], -1) <= last:
-                comm_again[2] = comm_again[2] + t
-                if c.op == "all_gather":  # selective recompute keeps what was reduced
-                    comm_again[1] = comm_again[1] + t
-        return BlockCost(
-            forward.sum(1), backward.sum(1), recompute, comm["forward"], comm["backward"], np.array(comm_again),
-            block_memory(sharded, self.batches),
+    # -- time
+
+    def price(self, x: Layouts, ratio: Array | None = None) -> Priced:
+        """Prices every layout. Work is array arithmetic but for one question per distinct group of ranks. Where `zero` or `schedule` is
+        FREE the price is that of the cheapest choice, or below; `ratio` is then the least bubble, 0 if not given."""
+        tab = self.tables
+        t, k = self.sharding_of(x), np.searchsorted(self.batches, x.micro_batch / x.cp)
+        crowd = self._crowding(x)[None, :, None]
+
+        def look(table: Array) -> Array:  # [types, shardings, blocks, batches] -> [types, layouts, blocks]
+            return np.asarray(crowd * table[:, t, :, k].swapaxes(0, 1))
+
+        compute_f, compute_b = look(tab.forward), look(tab.backward)
+        weights, attention_f, attention_b = look(tab.weights), look(tab.attention_forward), look(tab.attention_backward)
+        chunked = np.where((x.loss == LOSSES.index("chunked"))[None, :, None], look(tab.chunked), 0.0)
+        again = crowd[..., None] * tab.again[:, t, :, :, k].swapaxes(0, 1)
+        comm_f, comm_b = (crowd[0] * table[t, :, k] for table in (tab.comm_forward, tab.comm_backward))
+        comm_again = crowd[0][:, None] * tab.comm_again[t, :, :, k]
+        ep_f = np.zeros_like(comm_f)
+        if self._moe:
+            xf, xb = self._experts(x, t, k)
+            xf, xb = crowd * xf, crowd * xb
+            compute_f, compute_b, weights = compute_f + xf, compute_b + xb, weights + 0.5 * xb
+            late = tab.late
+            again[:, :, 2] += xf * ~late
+            ep_f = self._dispatch(x, t, k)
+            comm_again[:, 2] += ep_f * np.where(late, 0.5, 1.0)
+        cp_f, cp_b = self._context(x, t, k, attention_f, attention_b)
+        again[:, :, 2] += cp_f
+        forward, backward = compute_f + comm_f + ep_f + cp_f, compute_b + comm_b + ep_f + cp_b
+        again = again + comm_again
+        compute_b, whole = compute_b + chunked, backward
+        backward = backward + chunked
+        dense = tab.numel[t]
+        experts = np.where(tab.expert_numel > 0, tab.expert_numel / (x.ep * x.etp)[:, None], 0.0)
+        carry = tab.carry[t, :, k][:, self.repeated].max(axis=1, initial=0.0)
+        per_forward, per_backward, accumulation, once, optimizer = self._data_parallel(x, dense, experts, forward, backward)
+        # a schedule's bubble is taken at the plain loss, so that it does not depend on later choices
+        times = [np.asarray(y.max(axis=0) @ self.counts) for y in (forward, whole, weights)]
+        ratio = self._ratio(x, *times) if ratio is None else np.where(x.schedule == FREE, ratio, self._ratio(x, *times))
+        send = by_group(x.pp, x.stage, lambda n, stride, rows: collectives.send_seconds(carry[rows], self.groups.border(stride)), carry)
+        parts = {
+            "forward": compute_f, "backward": compute_b, "tensor_parallel": np.broadcast_to(comm_f + comm_b, compute_f.shape),
+            "context_parallel": cp_f + cp_b, "expert_parallel": np.broadcast_to(2 * ep_f, compute_f.shape),
+            "data_parallel": per_forward + per_backward, "accumulation": accumulation,
+        }  # fmt: skip
+        return Priced(
+            forward=forward + per_forward, backward=backward + per_backward + accumulation, again=again, once=once + optimizer,
+            optimizer=optimizer, parts=parts, ratio=ratio, send=send, sharding=t, batch=k, dense=dense, experts=experts,
+            held=self._held(x, dense, experts), kept=tab.kept[t, :, :, k], carry=carry,
         )  # fmt: skip
 
-    def _tp_group(self, tp: int):  # type: ignore[no-untyped-def]
-        return self.cluster.group(np.arange(self.cluster.size // tp * tp).reshape(-1, tp))
+    def sharding_of(self, x: Layouts) -> Array:
+        """Index of each layout's sharding."""
+        lookup = np.full(2 * int(max(tp for tp, _ in self.index)) + 2, -1)
+        for (tp, sp), i in self.index.items():
+            lookup[2 * tp + sp] = i
+        return lookup[2 * x.tp + x.sp]
 
-    def groups(self, tp: int, pp: int, dp: int):  # type: ignore[no-untyped-def]
-        """Data-parallel and pipeline-neighbour groups, ranks ordered pp, dp, tp with tp innermost."""
-        key = (tp, pp, dp)
-        if key not in self._groups:
-            ranks = np.arange(tp * pp * dp).reshape(pp, dp, tp)
-            across = ranks.transpose(0, 2, 1).reshape(-1, dp)
-            pairs = np.stack([ranks[:-1].ravel(), ranks[1:].ravel()], axis=1) if pp > 1 else ranks.reshape(-1)[:1, None]
-            self._groups[key] = (self.cluster.group(across), self.cluster.group(pairs))
-        return self._groups[key]
+    def _experts(self, x: Layouts, t: Array, k: Array) -> tuple[Array, Array]:
+        """Seconds of the experts' products. [types, layouts, blocks]"""
+        forward = np.zeros((len(self.devices), len(x), len(self.counts)))
+        backward = np.zeros_like(forward)
+        for ep, etp in np.unique(np.stack([x.ep, x.etp], 1), axis=0):
+            rows = np.flatnonzero((x.ep == ep) & (x.etp == etp))
+            f, b = self.tables.expert_seconds(int(ep), int(etp))
+            forward[:, rows], backward[:, rows] = (y[:, t[rows], :, k[rows]].swapaxes(0, 1) for y in (f, b))
+        return forward, backward
 
-    def price(self, layouts: Layouts) -> Priced:
-        """Prices every layout. Work is array arithmetic but for one lookup of groups per distinct (tp, pp, dp)."""
-        k = np.searchsorted(self.batches, layouts.micro_batch)
-        keys = layouts.tp * 2 + layouts.sp
-        lookup = {tp * 2 + sp: i for (tp, sp), i in self.index.items()}
-        t = np.array([lookup[key] for key in keys], int)
-        r = layouts.recompute
-        crowd = self._crowding(layouts)[:, None]
-        compute_f, compute_b, again = (crowd * x for x in (self._f[t, :, k], self._b[t, :, k], self._r[t, :, r, k]))
-        comm_f, comm_b, comm_again = (crowd * x for x in (self._cf[t, :, k], self._cb[t, :, k], self._cr[t, :, r, k]))
-        forward = compute_f + comm_f
-        backward = compute_b + again + comm_b + comm_again
-        numel = self._numel[t]
-        carry = self._carry[t, :, k][:, self.repeated].max(axis=1) if self.repeated.any() else np.zeros(len(t))
-        gather, scatter, reduce, send = self._data_parallel(layouts, numel, carry)
-        memory_Bps = self.cluster.device.memory_bandwidth_Bps * self.cluster.device.achieved.memory
-        zero, dp, pp = (x[:, None] for x in (layouts.zero, layouts.dp, layouts.pp))
-        many = layouts.microbatches[:, None] > 1
+    def _dispatch(self, x: Layouts, t: Array, k: Array) -> Array:
+        """Seconds to send tokens to their experts and back, once; with expert tensor parallelism they are gathered and reduced too."""
+        out, back = self.tables.rows_out[t, :, k], self.tables.rows_back[t, :, k]
+
+        def sent(n: int, stride: int, rows: Array) -> Array:
+            group = self.groups.group(n, stride)
+            return sum(collectives.seconds("all_to_all", y[rows], group, self.costs) for y in (out, back))  # type: ignore[return-value]
+
+        def shared(n: int, stride: int, rows: Array) -> Array:
+            group = self.groups.group(n, stride)
+            gathered = collectives.seconds("all_gather", n * out[rows], group, self.costs)
+            return np.asarray(gathered + collectives.seconds("reduce_scatter", n * back[rows], group, self.costs))
+
+        return by_group(x.ep, x.etp, sent, out) + by_group(x.etp, np.ones_like(x.etp), shared, out)
+
+    def _context(self, x: Layouts, t: Array, k: Array, attention_f: Array, attention_b: Array) -> tuple[Array, Array]:
+        """Seconds that context parallelism adds, forward and backward. [types, layouts, blocks]
+
+        Ring: keys and values pass every rank, and in backward their gradients too, behind attention as far as it hides them. Ulysses:
+        queries, keys, values and results change places by all-to-all, which nothing hides."""
+        kv, q = self.tables.keys_values[t, :, k], self.tables.queries[t, :, k]
+        if not (x.cp > 1).any():
+            return np.zeros_like(attention_f), np.zeros_like(attention_b)
+
+        def ring(n: int, stride: int, rows: Array) -> Array:
+            return collectives.seconds("all_gather", n * kv[rows], self.groups.group(n, stride), self.costs)
+
+        def turned(n: int, stride: int, rows: Array) -> Array:
+            group = self.groups.group(n, stride)
+            return sum(2 * collectives.seconds("all_to_all", y[rows] / 2, group, self.costs) for y in (kv, q))  # type: ignore[return-value]
+
+        around, across = by_group(x.cp, x.tp, ring, kv), by_group(x.cp, x.tp, turned, kv)
+        hidden = OVERLAP if self.cluster.device.kind == "cuda" else 0.0
+        ulysses = (x.ulysses == 1)[:, None]
+        forward = np.where(ulysses, across, np.maximum(around - hidden * attention_f, 0.0))
+        backward = np.where(ulysses, across, np.maximum(2 * around - hidden * attention_b, 0.0))
+        return forward, backward
+
+    def _data_parallel(self, x: Layouts, dense: Array, experts: Array, forward: Array, backward: Array) -> tuple[Array, ...]:
+        """Exposed seconds of a microbatch's forward and backward, of accumulation, once a step, and of the optimizer in that.
+
+        [types, layouts, blocks]. Parameters that are not experts' are sharded over cp too; experts' over the ranks that hold the same.
+        """
+        zero = x.zero[:, None]
+        sharded, free = zero > 0, zero == FREE
+        stage, tp = x.stage, x.tp
+        shards = np.where(x.zero > 0, x.shards, 1)
+        eshards = np.where(x.zero > 0, x.expert_shards, 1)
+        estride = x.ep * x.etp
+        moved_Bps = np.array([d.memory_bandwidth_Bps * d.achieved.memory for d in self.devices])[:, None, None]
+
+        def over(op: collectives.Op, numel: Array, width: float, size: Array, stride: Array) -> Array:
+            def seconds(n: int, s: int, rows: Array) -> Array:
+                return collectives.seconds(op, width * numel[rows], self.groups.group(n, s), self.costs)
+
+            return by_group(size, stride, seconds, numel)
+
+        def both(op: collectives.Op, width: float, n: Array, en: Array) -> Array:
+            """Over the ranks that share a copy."""
+            out = over(op, dense, width, n, tp)
+            return out + over(op, experts, width, en, estride) if self._moe else out
+
+        def copies(width: float, n: Array, en: Array) -> Array:  # into and out of the collective's flat buffer
+            return (dense * (n > 1)[:, None] + experts * (en > 1)[:, None]) * width / moved_Bps
+
+        w = self.compute_bytes
+        gather = both("all_gather", w, shards, eshards) + copies(2 * w, shards, eshards)
+        scatter = both("reduce_scatter", REDUCED, shards, eshards) + copies(w + REDUCED, shards, eshards)
+        across = over("all_reduce", dense / np.maximum(shards, 1)[:, None], REDUCED, x.replicas, tp * shards)
+        if self._moe:
+            across = across + over("all_reduce", experts / np.maximum(eshards, 1)[:, None], REDUCED, x.replicas, estride * eshards)
+        n, en = np.where(x.zero == 0, stage // tp, 1), np.where(x.zero == 0, x.edp, 1)
+        reduce = both("all_reduce", REDUCED, n, en) + copies(w + REDUCED, n, en)
 
         # on a CPU the cores that would compute move the traffic, so nothing hides
         hidden = OVERLAP if self.cluster.device.kind == "cuda" else 0.0
 
-        def exposed(traffic: np.ndarray, behind: np.ndarray) -> np.ndarray:
+        def exposed(traffic: Array, behind: Array) -> Array:
             return np.maximum(traffic - hidden * behind, 0.0)
 
-        per_forward = np.where(zero == 3, exposed(gather, forward), 0.0)
+        numel = dense + experts
+        local = dense / shards[:, None] + experts / eshards[:, None]
+        local = np.where(free, dense / x.stage[:, None] * tp[:, None] + experts / np.maximum(x.edp, 1)[:, None], local)
         regather = np.where(self.repeated, gather, 0.0)  # the root stays gathered between forward and backward
+        scatter = scatter + across
+        per_forward = np.where(zero == 3, exposed(gather, forward), 0.0)
         per_backward = np.where(zero == 3, exposed(regather + scatter, backward), np.where(zero == 2, exposed(scatter, backward), 0.0))
-        accumulation = np.where((zero < 2) & many, ACCUMULATE_BYTES * numel / memory_Bps, 0.0)
+        many = x.microbatches[:, None] > 1
+        accumulation = np.where((zero < 2) & many & ~free, ACCUMULATE_BYTES * numel / moved_Bps, 0.0)
         # torch's pipeline schedules reduce after the last backward, with nothing left to hide behind
-        alone = pp > 1
         reduced = np.where(zero == 0, reduce, np.where(zero == 1, scatter, 0.0))
-        once = np.where(alone, reduced, exposed(reduced, backward))
+        once = np.where(x.pp[:, None] > 1, reduced, exposed(reduced, backward))
         once = once + np.where((zero == 1) | (zero == 2), exposed(gather, forward), 0.0)
-        optimizer = OPTIMIZERS[self.optimizer].traffic_bytes * numel / np.where(zero > 0, dp, 1) / memory_Bps
-        parts = {
-            "forward": compute_f, "backward": compute_b, "recompute": again,
-            "tensor_parallel": comm_f + comm_b + comm_again,
-            "data_parallel": per_forward + per_backward,
-            "accumulation": accumulation,
-        }  # fmt: skip
-        return Priced(
-            forward=forward + per_forward, backward=backward + per_backward + accumulation, once=once + optimizer, parts=parts, optimizer=optimizer,
-            kept=self._kept[t, :, r, k], numel=numel, send=send, carry=carry,
-        )  # fmt: skip
+        state = self.state_bytes(x)[:, None]
+        host = self.host_Bps
+        away = (x.offload == OFFLOADS.index("optimizer"))[:, None]
+        optimizer = local * (12.0 + 2 * np.where(away, 0.0, state)) / moved_Bps
+        if host:
+            optimizer = optimizer + np.where(away, 2 * state * local / host, 0.0)
+        once = np.where(sharded | (zero == 0), once, 0.0)
+        return per_forward, per_backward, accumulation, once, optimizer
 
-    def tied_numel(self, layouts: Layouts) -> np.ndarray:
-        """Parameters that blocks count twice where one rank holds both, of each layout."""
-        twice = {
-            t: sum(rows * row for block, names in self._twice.items() for name, (rows, row) in self._memory[t][block].shapes.items() if name in names)
-            for t in self.index.values()
-        }
-        return np.array([twice[self.index[int(tp), bool(sp)]] for tp, sp in zip(layouts.tp, layouts.sp, strict=True)], float)
+    @property
+    def host_Bps(self) -> float:
+        """Bytes a second between a device and its host, 0 where the cluster does not say."""
+        return self.cluster.host.bandwidth_Bps if self.cluster.host is not None else 0.0
 
-    def reported(self, layouts: Layouts) -> Coefficients:
-        """What the device reports over live bytes, of each layout: what its other streams keep, and its communicators."""
-        keys = [self.index[int(tp), bool(sp)] for tp, sp in zip(layouts.tp, layouts.sp, strict=True)]
-        numel = self._numel[keys]
-        fsdp = (layouts.dp > 1) | (self.compute_bytes < MASTER)
-        sharded = (layouts.dp > 1) & (layouts.zero > 0)
-        outside = np.where(self.repeated, 0.0, numel)
-        root = np.where(layouts.pp > 1, outside.max(axis=1, initial=0.0), outside.sum(axis=1))
-        layer = np.where(self.repeated, numel, 0.0).max(axis=1, initial=0.0)
-        gathered = np.where(sharded, self.compute_bytes * (root + 2 * layer), 0.0)
-        local = np.asarray(numel @ self.counts) / layouts.pp / np.where(layouts.zero > 0, layouts.dp, 1)
-        reduced = np.where(fsdp & (layouts.microbatches == 1), REDUCED * local, 0.0)
-        groups = (layouts.tp > 1).astype(int) + (layouts.pp > 1) + (layouts.dp > 1)
-        return surroundings(self.cluster.device, communicators=groups, gathered_bytes=gathered, reduced_bytes=reduced)
+    def state_bytes(self, x: Layouts) -> Array:
+        """Bytes per parameter of the optimizer's moments."""
+        return OPTIMIZERS[self.optimizer].state_bytes * np.where(x.state == STATE_DTYPES.index("bf16"), 0.5, 1.0)
 
-    def stage_memory(self, layouts: Layouts, i: int, recompute: str | None = None) -> StageMemory:
-        """Live bytes of the stages of layout i of some layouts; `recompute` instead of the layout's, for a stage that has its own."""
-        x = Shape(
-            pp=int(layouts.pp[i]), microbatches=int(layouts.microbatches[i]), zero=int(layouts.zero[i]), dp=int(layouts.dp[i]),
-            compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER, schedule=SCHEDULES[int(layouts.schedule[i])],
-            state_bytes=OPTIMIZERS[self.optimizer].state_bytes,
-        )  # fmt: skip
-        k = int(np.searchsorted(self.batches, layouts.micro_batch[i]))
-        t, r = self.index[int(layouts.tp[i]), bool(layouts.sp[i])], int(layouts.recompute[i])
-        r = r if recompute is None else RECOMPUTE.index(recompute)
-        order = np.array([o.block for o in self.graph.sequence])
-        layer = self.repeated[order]
-        held, padded = self._numel[t][order], np.array([m.padded(x.shards) for m in self._memory[t]])[order]
-        tied = np.zeros(len(order))
-        if x.pp == 1:  # a tied parameter is one tensor
-            for block, names in self._twice.items():
-                memory, at = self._memory[t][block], order == block
-                tied[at] = sum(rows * row for name, (rows, row) in memory.shapes.items() if name in names)
-                held[at] -= sum(rows * row for name, (rows, row) in memory.shapes.items() if name in names)
-                padded[at] -= sum(np.ceil(rows / x.shards) * x.shards * row for name, (rows, row) in memory.shapes.items() if name in names)
-        of = {name: table[t, :, k][order] for name, table in self._bytes.items()}
-        adds = (not x.fsdp and x.microbatches > 1) or (x.fsdp and x.sums_whole and not x.mixed)
-        backward = of["backward_in_place" if adds else "backward"] + self._again[t, :, r, k][order]
-        backward_first = of["backward"] + self._again[t, :, r, k][order]
-        kept = self._kept[t, :, r, k][order]
-        keeps = self._keeps_result[t][order]
-        if r and layer.any():  # layers keep what goes in instead of what comes out: neighbours may hold the same tensor, or need another
-            first, last = int(np.argmax(layer)), len(layer) - 1 - int(np.argmax(layer[::-1]))
-            twice = of["carry"][first] * (first > 0 and keeps[first - 1])
-            kept[first] -= twice
-            backward[first] -= twice
-            backward_first[first] -= twice
-            of["saved"][first] -= twice
-            for name in ("saved", "forward", "backward"):
-                of[name][last + 1 : last + 2] += of["carry"][last] * keeps[last]
-            kept[last + 1 : last + 2] += of["carry"][last] * keeps[last]
-            backward[last + 1 : last + 2] += of["carry"][last] * keeps[last]
-            backward_first[last + 1 : last + 2] += of["carry"][last] * keeps[last]
-        samples = layouts.microbatches[i] * layouts.micro_batch[i]
-        inputs = [*self.graph.inputs, *([self.graph.labels] if self.graph.labels else [])]
-        return StageMemory(
-            Blocks(
-                layer=layer, kept=kept, forward=of["forward"], backward=backward, saved=of["saved"] + self._again[t, :, r, k][order],
-                carry=of["carry"], numel=held, padded=padded, buffers=self._buffers[order], side=float(of["side"][layer].max(initial=0.0)),
-                output=float(of["output"].sum()), inputs=float(sum(i.spec.amount.at(samples) for i in inputs)),
-                handed=float(of["carry"][layer].max(initial=0.0)), incoming=of["incoming"],
-                keeps_result=keeps & (r == 0), recomputes=bool(r), tied=tied, backward_first=backward_first,
-                last_numel=np.array([next((rows * row for rows, row in reversed(m.shapes.values())), 0.0) for m in self._memory[t]])[order],
-            ),
-            x,
-        )  # fmt: skip
+    @staticmethod
+    def _ratio(x: Layouts, f: Array, whole: Array, w: Array) -> Array:
+        """Bubble of each layout's schedule over that of 1F1B, both at the mean of the model's blocks; `f`, `whole`, `w` are seconds of
+        the model's forward, backward, and of the weight gradients in that. 0 where the schedule is FREE."""
+        out = np.ones(len(x))
+        out[x.schedule == FREE] = 0.0
+        for i, name in enumerate(SCHEDULES):
+            rows = np.flatnonzero((x.schedule == i) & (x.pp > 1))
+            if not len(rows) or name in ("1f1b", "gpipe"):
+                continue
+            for p, v in np.unique(np.stack([x.pp[rows], x.vpp[rows]], 1), axis=0):
+                at = rows[(x.pp[rows] == p) & (x.vpp[rows] == v)]
+                out[at] = bubble(name, int(p), int(v), x.microbatches[at], f[at], whole[at], w[at])
+        return out
 
-    def _crowding(self, layouts: Layouts) -> np.ndarray:
+    def least_ratio(self, x: Layouts, choices: Callable[[int, int], list[tuple[int, int]]]) -> Array:
+        """The least bubble over that of 1F1B of the schedules that each layout may have: `choices(pp, microbatches)` are (schedule, chunks)."""
+        tab, t, k = self.tables, self.sharding_of(x), np.searchsorted(self.batches, x.micro_batch / x.cp)
+        p = self.price(x)
+        f, whole = (np.asarray(y.max(axis=0) @ self.counts) for y in (p.forward, p.backward))
+        w = tab.weights[:, t, :, k].swapaxes(0, 1)
+        if self._moe:
+            w = w + 0.5 * self._experts(x, t, k)[1]
+        w = self._crowding(x) * np.asarray(w.max(axis=0) @ self.counts)
+        out = np.ones(len(x))
+        order = np.lexsort((x.microbatches, x.pp))
+        pp, m = x.pp[order], x.microbatches[order]
+        starts = np.flatnonzero(np.concatenate([[True], (np.diff(pp) != 0) | (np.diff(m) != 0)]))
+        for a, b in zip(starts, [*starts[1:], len(order)]):
+            rows, n, batches = order[a:b], int(pp[a]), int(m[a])
+            found = [
+                bubble(SCHEDULES[s], n, v, batches, f[rows], whole[rows], w[rows]) if SCHEDULES[s] not in ("1f1b", "gpipe") else np.ones(len(rows))
+                for s, v in (choices(n, batches) if n > 1 else [])
+            ]
+            if found:
+                out[rows] = np.min(found, axis=0)
+        return out
+
+    def weight_seconds(self, x: Layouts) -> Array:
+        """Seconds of each block's gradients of weights, for one layout. [types, blocks]"""
+        t, k = self.sharding_of(x), np.searchsorted(self.batches, x.micro_batch / x.cp)
+        w = self.tables.weights[:, t, :, k].swapaxes(0, 1)[:, 0]
+        w = w + (0.5 * self._experts(x, t, k)[1][:, 0] if self._moe else 0.0)
+        return np.asarray(self._crowding(x)[0] * w)
+
+    def _crowding(self, x: Layouts) -> Array:
         """Factor on the seconds of a CPU's ops where ranks outnumber its cores: how many ranks compute at once, over cores. A rank
         that waits in a pipeline's bubble leaves its core to another. Measured costs hold the crowd that they were measured in."""
         cores, ranks = self.cluster.device.cores, self.cluster.size
         if not cores:
-            return np.ones(len(layouts))
-        active = ranks * layouts.microbatches / (layouts.microbatches + layouts.pp - 1)
+            return np.ones(len(x))
+        active = ranks * x.microbatches / (x.microbatches + x.pp - 1)
         measured = float(self.costs.provenance.get("ranks", 1)) if self.costs is not None else 1.0
         return np.asarray(np.maximum(1.0, active / cores) / max(1.0, measured / cores))
 
-    def _data_parallel(self, layouts: Layouts, numel: np.ndarray, carry: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Seconds to gather a block's parameters, reduce-scatter and all-reduce its gradients; seconds to send the carry."""
-        gather, scatter, reduce = np.zeros_like(numel), np.zeros_like(numel), np.zeros_like(numel)
-        send = np.zeros(len(layouts))
-        memory_Bps = self.cluster.device.memory_bandwidth_Bps * self.cluster.device.achieved.memory
-        shape = np.stack([layouts.tp, layouts.pp, layouts.dp], axis=1)
-        for tp, pp, dp in np.unique(shape, axis=0):
-            rows = (shape == (tp, pp, dp)).all(axis=1)
-            across, pairs = self.groups(int(tp), int(pp), int(dp))
-            if dp > 1:
-                n = numel[rows]
-                # each collective also copies into and out of its flat buffer
-                gather[rows] = collectives.seconds("all_gather", self.compute_bytes * n, across, self.costs) + 2 * self.compute_bytes * n / memory_Bps
-                scatter[rows] = collectives.seconds("reduce_scatter", 4.0 * n, across, self.costs) + (self.compute_bytes + 4.0) * n / memory_Bps
-                reduce[rows] = collectives.seconds("all_reduce", 4.0 * n, across, self.costs) + (self.compute_bytes + 4.0) * n / memory_Bps
-            if pp > 1:
-                send[rows] = collectives.send_seconds(carry[rows], pairs)
-        return gather, scatter, reduce, send
+    # -- memory
+
+    def _held(self, x: Layouts, dense: Array, experts: Array) -> Array:
+        """Least bytes of each block's parameters, gradients and optimizer state on a rank; where zero is FREE, all of it sharded."""
+        zero, free = x.zero[:, None], (x.zero == FREE)[:, None]
+        shards, eshards = np.where(x.zero == 0, 1, x.shards)[:, None], np.where(x.zero == 0, 1, x.expert_shards)[:, None]
+        shards, eshards = np.where(free, (x.dp * x.cp)[:, None], shards), np.where(free, x.edp[:, None], eshards)
+        local, numel = dense / shards + experts / eshards, dense + experts
+        state = np.where(x.offload == OFFLOADS.index("optimizer"), 0.0, self.state_bytes(x))[:, None]
+        fsdp = (x.dp * x.cp > 1)[:, None] | (self.compute_bytes < MASTER)
+        whole = ~free & (zero < 3)
+        gathered = np.where(fsdp & whole, self.compute_bytes * numel, 0.0)
+        many = x.microbatches[:, None] > 1
+        gradients = np.where(many, REDUCED * np.where(~free & (zero < 2), numel, local), 0.0)
+        return np.asarray((MASTER + state) * local + gathered + gradients)
+
+    def tied_numel(self, x: Layouts) -> Array:
+        """Parameters that blocks count twice where one rank holds both, of each layout."""
+        twice = [
+            sum(rows * row for block, names in self._twice.items() for name, (rows, row) in self.tables.shapes[t][block].items() if name in names)
+            for t in range(len(self.index))
+        ]
+        return np.array(twice, float)[self.sharding_of(x)]
+
+    def reported(self, x: Layouts) -> Coefficients:
+        """What the device reports over live bytes, of each layout: what its other streams keep, and its communicators."""
+        t = self.sharding_of(x)
+        experts = self.tables.expert_numel / (x.ep * x.etp)[:, None]
+        numel = self.tables.numel[t] + experts
+        over = x.dp * x.cp
+        fsdp = (over > 1) | (self.compute_bytes < MASTER)
+        sharded = (over > 1) & (x.zero > 0)
+        outside = np.where(self.repeated, 0.0, numel)
+        root = np.where(x.pp > 1, outside.max(axis=1, initial=0.0), outside.sum(axis=1))
+        layer = np.where(self.repeated, numel, 0.0).max(axis=1, initial=0.0)
+        gathered = np.where(sharded, self.compute_bytes * (root + 2 * layer), 0.0)
+        shards, eshards = np.where(x.zero > 0, x.shards, 1), np.where(x.zero > 0, x.expert_shards, 1)
+        local = (self.tables.numel[t] @ self.counts / shards + experts @ self.counts / eshards) / x.pp
+        reduced = np.where(fsdp & (x.microbatches == 1), REDUCED * local, 0.0)
+        groups = sum((y > 1).astype(int) for y in (x.tp, x.pp, over, x.cp, x.ep, x.etp, x.replicas))
+        return surroundings(self.cluster.device, communicators=groups, gathered_bytes=gathered, reduced_bytes=reduced)
+
+    def stage_memory(self, x: Layouts, i: int, modes: Array) -> StageMemory:
+        """Live bytes of the stages of layout i; `modes` [layers] indexes RECOMPUTE."""
+        zero, schedule = int(x.zero[i]), SCHEDULES[int(x.schedule[i])]
+        shards, eshards = (int(x.shards[i]), int(x.expert_shards[i])) if zero else (1, 1)
+        shape = Shape(
+            pp=int(x.pp[i]), microbatches=int(x.microbatches[i]), zero=zero, dp=shards if zero else int(x.dp[i] * x.cp[i]),
+            compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER, schedule=schedule, vpp=int(x.vpp[i]),
+            state_bytes=0.0 if x.offload[i] else float(self.state_bytes(x.take(slice(i, i + 1)))[0]),
+        )  # fmt: skip
+        t, batch, cp, ep = int(self.sharding_of(x)[i]), float(x.micro_batch[i]), int(x.cp[i]), int(x.ep[i] * x.etp[i])
+        chunks = LOSS_CHUNKS if LOSSES[int(x.loss[i])] == "chunked" else 1
+        unique = [self.tables.memory(t, u, batch, cp, ep, chunks) for u in range(len(self.counts))]
+        order, layer = self.order, self.repeated[self.order]
+        r = np.zeros(len(order), int)
+        r[layer] = modes
+
+        def each(values: Sequence[float]) -> Array:
+            return np.array(values, float)[order]
+
+        names = ("saved", "forward", "backward", "backward_in_place", "carry", "output", "side", "incoming")
+        of = {name: each([float(getattr(m, name)[0]) for m in unique]) for name in names}
+        kept = np.array([[float(m.kept(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
+        again = np.array([[float(m.again(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
+        held, padded = each([m.numel for m in unique]), each([m.padded(shape.shards) for m in unique])
+        tied = np.zeros(len(order))
+        if shape.pp == 1:  # a tied parameter is one tensor
+            for block, which in self._twice.items():
+                at, shapes = order == block, [s for name, s in unique[block].shapes.items() if name in which]
+                tied[at] = sum(rows * row for rows, row in shapes)
+                held[at] -= sum(rows * row for rows, row in shapes)
+                padded[at] -= sum(np.ceil(rows / shape.shards) * shape.shards * row for rows, row in shapes)
+        local = padded / shape.shards
+        if self._moe and eshards != shards:
+            of_experts = self.tables.expert_numel[order] / ep
+            local = (padded - of_experts) / shape.shards + of_experts / eshards
+        adds = (not shape.fsdp and shape.microbatches > 1) or (shape.fsdp and shape.sums_whole and not shape.mixed)
+        backward, backward_first = of["backward_in_place" if adds else "backward"] + again, of["backward"] + again
+        saved, forward, keeps = of["saved"] + again, of["forward"].copy(), np.array([m.keeps_result for m in unique], bool)[order]
+        # layers that recompute keep what goes in instead of what comes out: a neighbour may hold the same tensor, or need another
+        same = np.flatnonzero((r[:-1] == 0) & (r[1:] > 0) & keeps[:-1]) + 1
+        more = np.flatnonzero((r[:-1] > 0) & (r[1:] == 0) & keeps[:-1]) + 1
+        for values in (kept, backward, backward_first, saved):
+            values[same] -= of["carry"][same]
+            values[more] += of["carry"][more - 1]
+        forward[more] += of["carry"][more - 1]
+        samples = x.microbatches[i] * x.micro_batch[i] / x.cp[i]
+        inputs = [*self.graph.inputs, *([self.graph.labels] if self.graph.labels else [])]
+        return StageMemory(
+            Blocks(
+                layer=layer, kept=kept, forward=forward, backward=backward, saved=saved, carry=of["carry"], numel=held, padded=padded,
+                buffers=each([m.buffers for m in unique]), side=float(of["side"][layer].max(initial=0.0)),
+                output=float(of["output"].sum()), inputs=float(sum(y.spec.amount.at(samples) for y in inputs)),
+                handed=float(of["carry"][layer].max(initial=0.0)), incoming=of["incoming"], keeps_result=keeps & (r == 0), recomputes=r > 0,
+                tied=tied, backward_first=backward_first,
+                last_numel=each([next((rows * row for rows, row in reversed(m.shapes.values())), 0.0) for m in unique]),
+            ),
+            shape,
+        )  # fmt: skip
+
+    # -- figures
 
     @cached_property
     def flops_per_sample(self) -> float:
@@ -342,3 +464,20 @@ class Bound:
         """Model FLOPs utilisation against the peak of the compute dtype (Chowdhery et al. 2022, appendix B)."""
         peak = self.cluster.device.peak_flops.get(self.graph.precision, self.cluster.device.peak_flops["fp32"])  # type: ignore[call-overload]
         return float(self.flops_per_sample * global_batch / step_s / (peak * devices))
+
+
+def bubble(schedule: str, p: int, v: int, microbatches: Array | int, f: Array, whole: Array, w: Array) -> Array:
+    """Bubble of a schedule of `p` ranks and `v` chunks over that of 1F1B, for a model's forward, backward and weight gradients [layouts]."""
+    chunks = float(p * v)
+    w = np.minimum(w, whole)
+    ramp = Ramp(p, v, np.asarray(microbatches), f / chunks, (whole - w) / chunks, w / chunks, 0.0 * f)
+    idle = np.max([np.broadcast_to(form, len(f)) for form in RAMPS[schedules.find(schedule).name](ramp)], axis=0)
+    return np.asarray(np.maximum(idle, 0.0) / ((p - 1) * (f + whole) / p))
+
+
+@lru_cache(maxsize=65536)
+def in_flight(schedule: str, pp: int, vpp: int, microbatches: int) -> tuple[float, ...]:
+    """Microbatches whose activations each rank holds at its peak, for all but the first of a step's backwards."""
+    s = schedules.find(schedule)
+    m = microbatches if microbatches == 1 else microbatches - 1
+    return tuple(float(s.in_flight(pp, r, m, vpp)) for r in range(pp))

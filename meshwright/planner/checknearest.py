@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from meshwright.costmodel.step import SCHEDULES
 from meshwright.planner.check import Figures, Setting
 from meshwright.planner.explain import enough_memory
 from meshwright.planner.plan import Layout, Workload
@@ -22,28 +18,14 @@ from meshwright.profiling.errors import InputError
 # What each part of a layout takes along: devices are tp x pp x dp, sequence parallelism needs tp, ZeRO needs dp.
 FREES = {
     "recompute": ("recompute",), "micro_batch": ("micro_batch",), "zero": ("zero",), "sp": ("sp",),
-    "tp": ("tp", "dp", "sp"), "pp": ("pp", "dp"),
+    "tp": ("tp", "dp", "sp"), "pp": ("pp", "dp"), "schedule": ("schedule", "vpp"), "cp": ("cp", "dp"), "ep": ("ep", "etp"),
 }  # fmt: skip
 MOST, FACTOR = 4096, 64  # devices that are tried, and how many times those of the check
 
 
-@dataclass
-class SharedSpace(Space):
-    """A Space that shards each block once for all the clusters that are tried: sharding does not depend on the cluster."""
-
-    known: dict[tuple[int, bool], Any] = field(default_factory=dict)
-
-    def _shard(self, tp: int, sp: bool) -> None:
-        if (tp, sp) not in self.known:
-            super()._shard(tp, sp)
-            self.known[tp, sp] = self.shardings.get((tp, sp))
-        elif self.known[tp, sp] is not None:
-            self.shardings[tp, sp] = self.known[tp, sp]
-
-
 def search_of(asked: Any, cluster: Cluster, workload: Workload, fixed: dict[str, Any]) -> Search:
-    """The layouts of a check's model on a cluster, priced. Raises InputError where there are none."""
-    return Search(SharedSpace(asked.graph, cluster, workload, fixed, asked.costs, known=asked.shardings), asked.limit_bytes)
+    """The layouts of a check's model on a cluster, priced: of what apply runs, and what is held. Raises InputError where there are none."""
+    return Search(Space(asked.graph, cluster, workload, fixed, asked.costs, True, known=asked.shardings), asked.limit_bytes)
 
 
 def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> tuple[Setting, ...]:
@@ -51,15 +33,10 @@ def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> 
     found: list[Setting] = []
     workload = held.space.workload
     if asked.fixed:
-        schedule = {k: v for k, v in asked.fixed.items() if k == "schedule"}  # a space has one
-        search = search_of(asked, asked.cluster, workload, schedule)
         for key, free in FREES.items():
             if key in asked.fixed:
-                found += _one_free(search, asked.fixed, key, free, figures)
-        if schedule.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
-            other = search_of(asked, asked.cluster, workload, {**asked.fixed, "schedule": SCHEDULES[0]})
-            found += [_setting(f"schedule={SCHEDULES[0]}", other, c, figures) for c in other.run(1).best]
-            search = search_of(asked, asked.cluster, workload, {})
+                found += _one_free(asked, workload, key, free, figures)
+        search = search_of(asked, asked.cluster, workload, {})
         best = search.run(1).best
         if best and best[0].layout not in [s.layout for s in found]:
             found.append(_setting("plan = auto", search, best[0], figures))
@@ -73,25 +50,31 @@ def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> 
     return tuple(found)
 
 
-def _one_free(search: Search, fixed: dict[str, Any], key: str, free: tuple[str, ...], figures: Figures) -> list[Setting]:
+def _one_free(asked: Any, workload: Workload, key: str, free: tuple[str, ...], figures: Figures) -> list[Setting]:
     """The cheapest layout that fits and differs from what is held in one part alone."""
-
-    def same(x: Layout) -> bool:
-        for k, v in fixed.items():
-            unused = k == "zero" and x.dp == 1 and "dp" in free  # there is nothing to shard over
-            if k not in free and getattr(x, k) != v and not unused:
-                return False
-        return getattr(x, key) != fixed[key]
-
-    rows = np.array([i for i, x in enumerate(search.layouts) if same(x)], int)
-    best = search.run(1, among=rows).best if len(rows) else ()
-    if not best:
+    fixed = {k: v for k, v in asked.fixed.items() if k not in free}
+    if "dp" in free and fixed.get("zero"):  # on one replica there is nothing to shard over
+        options = [fixed, {**fixed, "zero": 0}]
+    else:
+        options = [fixed]
+    best: tuple[Search, Candidate] | None = None
+    for option in options:
+        try:
+            search = search_of(asked, asked.cluster, workload, option)
+        except (InputError, NotShardable):
+            continue
+        for c in search.run(1).best:
+            sharded = c.layout.dp > 1 and option.get("zero") == 0 and fixed.get("zero")
+            if not sharded and (best is None or c.step_s < best[1].step_s):
+                best = search, c
+    if best is None or getattr(best[1].layout, key) == asked.fixed[key]:
         return []
-    x = best[0].layout
+    search, c = best
+    x = c.layout
     change = f"{key}={_value(getattr(x, key))}"
     if key == "tp" and x.sp != figures.layout.sp:
         change += f" sp={_value(x.sp)}"
-    return [_setting(change, search, best[0], figures)]
+    return [_setting(change, search, c, figures)]
 
 
 def _setting(change: str, search: Search, c: Candidate, figures: Figures) -> Setting:

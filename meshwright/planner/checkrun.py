@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from meshwright.planner.check import CheckReport, CheckResult, Figures, Finding,
 from meshwright.planner.checkconfig import CheckConfig, CheckSpec
 from meshwright.planner.checknearest import nearest_infer, nearest_train, search_of
 from meshwright.planner.plan import Layout, Plan, Range, Workload
-from meshwright.planner.search import Candidate, Search
+from meshwright.planner.search import Search
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.solve import _prediction, cost_model, parse_limit
 from meshwright.planner.shardedmodel import shard_model
@@ -41,7 +41,7 @@ class Asked:
     fixed: dict[str, Any]
     costs: Any
     saved: Plan | None = None
-    shardings: dict[tuple[int, bool], Any] = field(default_factory=dict)  # filled as degrees are tried
+    shardings: dict[Any, Any] = field(default_factory=dict)  # filled as degrees are tried
 
 
 @dataclass
@@ -119,13 +119,19 @@ def ask(spec: CheckSpec, graphs: Graphs) -> Asked:
     limit_bytes = parse_limit(spec.limit, cluster.device.memory_bytes)
     precision = spec.precision or (saved.workload.precision if saved else "fp32" if cluster.device.kind == "cpu" else "bf16")
     seq = spec.seq or (saved.workload.seq if saved else 0)
-    fixed = {k: getattr(saved.layout, k) for k in FIXABLE} if saved else spec.fixed
+    fixed = held_of(saved) if saved else spec.fixed
     costs = None if spec.costs == "datasheet" else in_folder(graphs.folder, spec.costs) if spec.costs.endswith(".costs") else spec.costs
     graph = graphs.get(spec.model, seq, precision, spec.sample)
     return Asked(
         spec=spec, cluster=cluster, graph=graph, batch=spec.batch or (saved.workload.global_batch if saved else cluster.size),
         limit_bytes=limit_bytes, fixed=fixed, costs=cost_model(costs, cluster), saved=saved,
     )  # fmt: skip
+
+
+def held_of(plan: Plan) -> dict[str, Any]:
+    """What a plan's layout holds of a check; recompute that differs by stage is solved again."""
+    found = {k: getattr(plan.layout, k) for k in FIXABLE}
+    return {k: v for k, v in found.items() if (k, v) != ("recompute", "by stage")}
 
 
 def evaluate_train(asked: Asked) -> tuple[Figures, Search]:
@@ -136,9 +142,9 @@ def evaluate_train(asked: Asked) -> tuple[Figures, Search]:
     if found:
         best = found[0]
     else:
-        i, live, ends = search.least_memory()
-        free = search.stages(i).best(float("inf"))  # the step that it would take if memory were no matter
-        best = Candidate(i, search.layouts[i], free[0] if free else search.stages(i).step(ends), tuple(ends), live)
+        best = search.least_memory()[1]
+        free = search.stages(best.row, unlimited=True).best()  # the step that it would take if memory were no matter
+        best = replace(best, step_s=free.step_s) if free is not None else best
     told = _prediction(search, best, asked.limit_bytes)
     memory = told.memory_bytes
     return Figures(

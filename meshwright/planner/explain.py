@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.planner.plan import Layout, WhyNot
 from meshwright.planner.search import Candidate, Search
+from meshwright.profiling.errors import InputError
 
 GIB = 2**30
 
 WORDS = {
     "forward": "forward", "backward": "backward", "recompute": "recompute", "tensor_parallel": "TP collectives",
     "data_parallel": "DP traffic", "accumulation": "gradient accumulation",
+    "context_parallel": "CP exchange", "expert_parallel": "expert all-to-all", "mixed_devices": "unlike devices in a stage",
     "pipeline_transfers": "pipeline transfers", "pipeline_bubble": "pipeline bubble",
     "reduce_and_gather": "gradient reduction", "optimizer": "optimizer",
 }  # fmt: skip
 
 
-def time_parts(search: Search, candidate: Candidate) -> dict[str, float]:
-    """Seconds of a step by cause: the slowest stage's own work, the bubble around it, and what happens once.
+def time_parts(search: Search, c: Candidate) -> dict[str, float]:
+    """Seconds of a step by cause: the slowest rank's own work, the bubble around it, and what happens once.
 
     The parts add up to the candidate's step.
     """
-    i, ends = candidate.index, list(candidate.ends)
-    costs = search.stages(i).costs(ends)
-    m = int(search.arrays.microbatches[i])
+    p, costs, m = search.priced(c), c.cut.costs, int(c.row.microbatches[0])
     slowest = max(range(len(costs)), key=lambda s: costs[s].c)
-    blocks = search.stage_blocks(ends, slowest)
-    parts = {name: m * float(values[i, blocks].sum()) for name, values in search.priced.parts.items()}
-    sends = (slowest > 0) + (slowest < len(costs) - 1)
-    parts["pipeline_transfers"] = m * sends * float(search.priced.send[i])
-    parts["pipeline_bubble"] = sum(x.c for s, x in enumerate(costs) if s != slowest)
+    blocks, modes = search.rank_blocks(c, slowest)
+
+    def on(rank: int, values: np.ndarray, of: np.ndarray) -> float:
+        """Seconds of these blocks on the slowest device of a rank."""
+        return float(values[search.device_type(c, rank)][:, of].sum(axis=1).max())
+
+    # the kind of device that decides: its parts, so that they add up
+    kinds = search.device_type(c, slowest)
+    total = [(p.c[k, 0, blocks] + p.again[k, 0, modes, blocks]).sum() for k in kinds]
+    kind = kinds[int(np.argmax(total))]
+    parts = {name: m * float(values[kind, 0, blocks].sum()) for name, values in p.parts.items()}
+    parts["recompute"] = m * float(p.again[kind, 0, modes, blocks].sum())
+    parts["pipeline_transfers"] = m * search.sides(c, slowest) * float(p.send[0])
+    parts["pipeline_bubble"] = float(p.ratio[0]) * (sum(x.c for x in costs) - costs[slowest].c)
     last = max(range(len(costs)), key=lambda s: costs[s].e)
-    optimizer = float(search.priced.optimizer[i, search.stage_blocks(ends, last)].sum())
+    optimizer = min(on(last, p.optimizer[:, 0], search.rank_blocks(c, last)[0]), costs[last].e)
     parts["reduce_and_gather"] = costs[last].e - optimizer
     parts["optimizer"] = optimizer
-    total = sum(parts.values())
-    return {k: v for k, v in parts.items() if v > 1e-9 * total}
+    # a stage of unlike devices takes the slowest of each block
+    parts["mixed_devices"] = c.step_s - sum(parts.values())
+    return {k: v for k, v in parts.items() if v > 1e-9 * c.step_s}
 
 
-def memory_parts(search: Search, i: int, ends: Sequence[int], stage: int) -> dict[str, float]:
-    """Bytes of a stage at its peak by category, with what the device reserves before the first tensor."""
-    parts = search.memory_of(i, ends, stage)[2]
+def memory_parts(search: Search, c: Candidate, rank: int) -> dict[str, float]:
+    """Bytes of a rank at its peak by category, with what the device reserves before the first tensor."""
+    parts = search.memory_of(c, rank)[2]
     live = sum(parts.values())
-    parts = {**parts, "reserved": search.reserved_bytes(i, live)[0] - live}
+    parts = {**parts, "reserved": search.reserved_bytes(c.row, live)[0] - live}
     return {k: v for k, v in parts.items() if v > 0}
 
 
@@ -58,67 +67,60 @@ def bottleneck(parts: dict[str, float]) -> str:
     return f"{WORDS[name]} {seconds / total:.0%}" if total and seconds >= 0.1 * total else "compute"
 
 
-@dataclass(frozen=True)
-class _Question:
-    text: str
-    rows: np.ndarray
-
-
 def why_not(search: Search, best: Candidate, most: int = 6) -> list[WhyNot]:
-    """For each choice of the best layout, the best layout that chooses otherwise."""
+    """For choices of the best layout, the best layout that chooses otherwise."""
     answers = []
-    for q in _questions(search, best.layout):
-        if len(q.rows):
-            answers.append(answer(search, best, q.text, q.rows))
+    for fix in _questions(search, best.layout):
+        found = answer(search, best, fix)
+        if found is not None:
+            answers.append(found)
     skipped = [
         WhyNot(fix=reason.partition(": ")[0], fits=False, reason=reason.partition(": ")[2])
         for reason in search.space.skipped
-        if not reason.partition(": ")[0].endswith("with sp")
+        if not reason.partition(": ")[0].endswith("with sp") and reason.startswith("tp=")
     ]
     # the dearest refusals first, then what was never possible
     answers.sort(key=lambda a: (a.fits, -(a.slower or 0.0)))
     return [*answers[:most], *skipped[:2]]
 
 
-def _questions(search: Search, chosen: Layout) -> list[_Question]:
-    a = search.arrays
-
-    def rows(**want: Any) -> np.ndarray:
-        keep = np.ones(len(a), bool)
-        for key, value in want.items():
-            keep &= np.array([getattr(x, key) == value for x in search.layouts])
-        return np.flatnonzero(keep)
-
-    out = []
-    for key in ("tp", "pp"):
-        values = sorted({getattr(x, key) for x in search.layouts})
+def _questions(search: Search, chosen: Layout) -> list[dict[str, Any]]:
+    """Choices to hold instead: the neighbours of a degree and its least, the other ZeRO stages and recomputes, half and twice the microbatch."""
+    out: list[dict[str, Any]] = []
+    for key in ("tp", "pp", "cp", "ep"):
+        values = sorted({int(v) for v in getattr(search.degrees, key)})
         at = values.index(getattr(chosen, key))
-        for value in {values[0], values[max(at - 1, 0)], values[min(at + 1, len(values) - 1)]} - {values[at]}:
-            out.append(_Question(f"{key}={value}", rows(**{key: value})))
-    for zero in range(4):
-        if zero != chosen.zero and chosen.dp > 1:
-            out.append(_Question(f"zero={zero}", rows(zero=zero, tp=chosen.tp, pp=chosen.pp)))
-    for recompute in ("none", "selective", "full"):
-        if recompute != chosen.recompute:
-            out.append(_Question(f"recompute={recompute}", rows(recompute=recompute)))
-    for factor in (2, 0.5):
-        wanted = int(chosen.micro_batch * factor)
-        if wanted >= 1 and wanted != chosen.micro_batch:
-            out.append(_Question(f"micro_batch={wanted}", rows(micro_batch=wanted, tp=chosen.tp, pp=chosen.pp)))
+        near = {values[max(at - 1, 0)], values[min(at + 1, len(values) - 1)], *([values[0]] if key in ("tp", "pp") else [])}
+        out += [{key: value} for value in sorted(near - {values[at]})]
+    if chosen.dp * chosen.cp > 1:
+        out += [{"zero": zero, "tp": chosen.tp, "pp": chosen.pp} for zero in range(4) if zero != chosen.zero]
+    out += [{"recompute": r} for r in RECOMPUTE if r != chosen.recompute]
+    out += [{"micro_batch": int(chosen.micro_batch * f), "tp": chosen.tp, "pp": chosen.pp} for f in (2, 0.5) if chosen.micro_batch * f >= 1]
     if chosen.tp > 1:
-        out.append(_Question(f"sp={'off' if chosen.sp else 'on'}", rows(sp=not chosen.sp, tp=chosen.tp)))
-    return out
+        out.append({"sp": not chosen.sp, "tp": chosen.tp})
+    if chosen.pp > 1 and chosen.schedule != "1f1b":
+        out.append({"schedule": "1f1b", "pp": chosen.pp})
+    return [q for q in out if all(search.space.fixed.get(k, v) == v for k, v in q.items())]
 
 
-def answer(search: Search, best: Candidate, fix: str, rows: np.ndarray) -> WhyNot:
-    """The price of the best layout among `rows` against `best`, or why none of them fits."""
-    found = search.run(1, among=rows).best
+def answer(search: Search, best: Candidate, fix: dict[str, Any]) -> WhyNot | None:
+    """The price of the best layout with `fix` held against `best`, or why none of them fits; None if the space has none."""
+    name = _words(fix, best.layout)
+    try:
+        held = search.holding(fix)
+    except InputError:
+        return None
+    found = held.run(1).best
     if not found:
-        i, live, ends = search.least_memory(rows)
-        return WhyNot(fix=fix, fits=False, reason=does_not_fit(search, i, live, ends))
+        return WhyNot(fix=name, fits=False, reason=does_not_fit(held, held.least_memory()[1]))
     other = found[0]
-    slower = other.step_s / best.step_s - 1
-    return WhyNot(fix=fix, fits=True, step_s=other.step_s, slower=slower, reason=difference(search, best, other))
+    return WhyNot(fix=name, fits=True, step_s=other.step_s, slower=other.step_s / best.step_s - 1, reason=difference(search, best, other))
+
+
+def _words(fix: dict[str, Any], chosen: Layout) -> str:
+    """The first choice is the question; what is held beside it is as chosen."""
+    key, value = next(iter(fix.items()))
+    return f"{key}={_value(value)}"
 
 
 def enough_memory(needed: float, limit: float, capacity: float) -> str:
@@ -128,14 +130,12 @@ def enough_memory(needed: float, limit: float, capacity: float) -> str:
     return f"devices of {np.ceil(needed * capacity / limit / GIB):.0f} GiB instead of {capacity / GIB:.0f} GiB"
 
 
-def does_not_fit(search: Search, i: int, live: float, ends: list[int]) -> str:
-    """ "91.2 GiB at best (activations 38.0, optimizer 12.1), with tp=8 ..." for the least hungry of some layouts."""
-    costs = search.stages(i).costs(ends)
-    fullest = max(range(len(costs)), key=lambda s: costs[s].live_bytes)
-    parts = sorted(memory_parts(search, i, ends, fullest).items(), key=lambda x: -x[1])[:2]
+def does_not_fit(search: Search, least: Candidate) -> str:
+    """ "needs 91.2 GiB at best (activations 38.0, optimizer 12.1), with tp=8 ..." for the least hungry of some layouts."""
+    parts = sorted(memory_parts(search, least, least.fullest).items(), key=lambda x: -x[1])[:2]
     largest = ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts)
-    _, p95 = search.reserved_bytes(i, live)
-    return f"needs {p95 / GIB:.1f} GiB at best ({largest}), with {search.layouts[i]}"
+    _, p95 = search.reserved_bytes(least.row, least.live_bytes)
+    return f"needs {p95 / GIB:.1f} GiB at best ({largest}), with {least.layout}"
 
 
 def _value(choice: Any) -> Any:
@@ -149,7 +149,7 @@ def difference(search: Search, best: Candidate, other: Candidate) -> str:
     name, seconds = max(more.items(), key=lambda x: (x[1], x[0]))
     changed = [
         f"{k}={_value(getattr(other.layout, k))}"
-        for k in ("tp", "sp", "pp", "dp", "zero", "micro_batch", "recompute")
+        for k in Layout.model_fields
         if getattr(other.layout, k) != getattr(best.layout, k)
     ]
     spent = f"+{seconds:.3g} s of {WORDS[name]}" if seconds > 0 else "the same within rounding"

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from meshwright.planner.states import CONVERSIONS, parse
 from meshwright.profiling.cluster import Cluster, first_error
@@ -37,6 +37,13 @@ class Workload(_Model):
 
 Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv", "dualpipev"]
 Recompute = Literal["none", "selective", "full"]
+
+
+# What apply and emit run, of each part of a layout; of the others, everything.
+RUNS: dict[str, tuple[Any, ...]] = {
+    "cp": (1,), "vpp": (1,), "replicas": (1,), "ep": (1,), "etp": (1,), "schedule": ("1f1b", "gpipe"), "loss": ("plain", "vocab_parallel"),
+    "state_dtype": ("fp32",), "offload": ("none",),
+}  # fmt: skip
 
 
 class Layout(_Model):
@@ -110,6 +117,10 @@ class Stage(_Model):
     peak_bytes: Bytes
     microbatch_s: Seconds
 
+    def recompute_of(self, i: int) -> str:
+        """What the stage's i-th layer recomputes."""
+        return self.recompute if self.recompute_layers is None or i < self.recompute_layers else "none"
+
 
 class ModuleSharding(_Model):
     """How one module runs on a tensor-parallel rank (states: planner/states.py).
@@ -146,16 +157,27 @@ class StageProgram(_Model):
 
 
 class Solution(_Model):
-    """What to run."""
+    """What to run. `rank_map`: the device of each rank, where they are not numbered alike."""
 
     layout: Layout
     stages: tuple[Stage, ...]
     mesh: dict[str, int]
     layer_shardings: tuple[LayerSharding, ...] = ()
     module_shardings: tuple[ModuleSharding, ...] = ()
-    loss: Literal["plain", "vocab_parallel"] = "plain"
+    loss: Literal["plain", "chunked", "vocab_parallel"] = "plain"
     program: StageProgram | None = None
     kernels: tuple[str, ...] = ()
+    kv_replicated: bool = False
+    rank_map: tuple[int, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_recompute_as_the_layout(cls, data: Any) -> Any:
+        """Plans that know no recompute by stage say it in their layout alone."""
+        if isinstance(data, dict) and isinstance(data.get("stages"), list) and isinstance(data.get("layout"), dict):
+            whole = data["layout"].get("recompute", "none")
+            data = {**data, "stages": [{"recompute": whole, **s} if isinstance(s, dict) else s for s in data["stages"]]}
+        return data
 
 
 class ModelRef(_Model):
@@ -274,7 +296,7 @@ class Plan(_Model):
     model: ModelRef
     cluster: Cluster
     workload: Workload
-    objective: Literal["throughput"] = "throughput"
+    objective: Literal["throughput", "gpus", "cost", "memory"] = "throughput"
     solution: Solution
     prediction: Prediction
     alternatives: tuple[Alternative, ...] = ()
@@ -289,6 +311,19 @@ class Plan(_Model):
     @property
     def layout(self) -> Layout:
         return self.solution.layout
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """Parts of the plan that apply and emit do not run yet, as "cp=2"."""
+        found = [f"{k}={getattr(self.layout, k)}" for k, values in RUNS.items() if getattr(self.layout, k) not in values]
+        found += ["replicated key-value heads"] if self.solution.kv_replicated else []
+        found += ["a rank map"] if self.solution.rank_map else []
+        return tuple(found)
+
+    def check_runs(self) -> None:
+        """Raises InputError where apply and emit do not run the plan yet."""
+        if self.not_run:
+            raise InputError(f"the plan has {' and '.join(self.not_run)}, which apply and emit do not run yet: plan with --runnable")
 
     @property
     def microbatches(self) -> int:
@@ -345,6 +380,11 @@ def json_schema() -> dict[str, Any]:
     return Plan.model_json_schema(by_alias=True)
 
 
+def mesh_of(x: Layout) -> dict[str, int]:
+    """Dimensions of the device mesh, outermost first; cp where there is one. Experts fold ep and etp into the dimensions of a stage."""
+    return {"pp": x.pp, "replicate": x.replicate, "shard": x.shard, **({"cp": x.cp} if x.cp > 1 else {}), "tp": x.tp}
+
+
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -352,16 +392,21 @@ def _verify_layout(plan: Plan) -> list[str]:
     x, w = plan.layout, plan.workload
     out = []
     if x.devices != plan.cluster.size:
-        out.append(f"solution.layout: tp {x.tp} x pp {x.pp} x dp {x.dp} is {x.devices} devices, the cluster has {plan.cluster.size}")
+        cp = f" x cp {x.cp}" if x.cp > 1 else ""
+        out.append(f"solution.layout: tp {x.tp}{cp} x pp {x.pp} x dp {x.dp} is {x.devices} devices, the cluster has {plan.cluster.size}")
     if w.global_batch % (x.dp * x.micro_batch):
         out.append(f"solution.layout: dp {x.dp} x micro_batch {x.micro_batch} does not divide the global batch {w.global_batch}")
     elif plan.microbatches < x.pp:
         out.append(f"solution.layout: {plan.microbatches} microbatches are fewer than pp {x.pp} stages, and a schedule needs as many")
     if x.sp and x.tp == 1:
         out.append("solution.layout.sp: sequence parallelism needs tp > 1")
-    if x.zero and x.dp == 1:
+    if x.zero and x.dp * x.cp == 1:
         out.append(f"solution.layout.zero: ZeRO {x.zero} needs dp > 1")
-    mesh = {"pp": x.pp, "replicate": x.replicate, "shard": x.shard, "tp": x.tp}
+    if x.zero == 0 and x.replicas > 1 or x.dp % x.replicas:
+        out.append(f"solution.layout.replicas: {x.replicas} copies need ZeRO 1 to 3 and must divide dp {x.dp}")
+    if x.tp * x.cp * x.dp % (x.ep * x.etp):
+        out.append(f"solution.layout.ep: ep {x.ep} x etp {x.etp} does not divide the {x.tp * x.cp * x.dp} devices of a stage")
+    mesh = mesh_of(x)
     if plan.solution.mesh != mesh:
         out.append(f"solution.mesh: {plan.solution.mesh} is not the layout's {mesh}")
     return out
@@ -373,11 +418,19 @@ def _verify_stages(plan: Plan) -> list[str]:
     if len(stages) != x.pp:
         out.append(f"solution.stages: {len(stages)} stages for pp {x.pp}")
     at = 0
+    spans = sorted((span, i) for i, s in enumerate(stages) for span in (s.chunks or (s.layers,)))
     for i, s in enumerate(stages):
-        if s.layers[0] != at or s.layers[1] < s.layers[0] or (s.layers[1] == s.layers[0] and layers):
-            out.append(f"solution.stages[{i}].layers: {list(s.layers)} does not follow layer {at}")
+        if len(s.chunks or (s.layers,)) != x.vpp or (s.chunks and s.chunks[0] != s.layers):
+            out.append(f"solution.stages[{i}].chunks: {len(s.chunks)} chunks for vpp {x.vpp}")
+        if s.recompute_layers is not None and s.recompute_layers > sum(b - a for a, b in s.chunks or (s.layers,)):
+            out.append(f"solution.stages[{i}].recompute_layers: {s.recompute_layers} are more than its layers")
+        if x.recompute != "by stage" and (s.recompute != x.recompute or s.recompute_layers is not None):
+            out.append(f"solution.stages[{i}].recompute: {s.recompute} is not the layout's {x.recompute}")
+    for span, i in spans:
+        if span[0] != at or span[1] < span[0] or (span[1] == span[0] and layers):
+            out.append(f"solution.stages[{i}].layers: {list(span)} does not follow layer {at}")
             break
-        at = s.layers[1]
+        at = span[1]
     else:
         if at != layers:
             out.append(f"solution.stages: they hold {at} of {layers} layers")
@@ -476,8 +529,9 @@ def _verify_prediction(plan: Plan) -> list[str]:
     if not m.limit <= m.capacity:
         out.append(f"prediction.memory_bytes.limit: {m.limit:g} is over the capacity {m.capacity:g}")
     s = plan.solver
-    if s.space != s.pruned_by_memory + s.pruned_by_bound + s.evaluated:
-        out.append(f"solver: {s.pruned_by_memory} + {s.pruned_by_bound} + {s.evaluated} layouts are not the {s.space} of the space")
+    if s.space != s.pruned_by_memory + s.pruned_by_bound + s.evaluated + s.open:
+        parts = f"{s.pruned_by_memory} + {s.pruned_by_bound} + {s.evaluated} + {s.open}"
+        out.append(f"solver: {parts} layouts are not the {s.space} of the space")
     if plan.alternatives and plan.alternatives[0].layout != plan.layout:
         out.append("alternatives[0].layout: the first alternative is the solution")
     return out

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from meshwright.costmodel.sharded import ShardedBlock
-from meshwright.planner.sharding import NotShardable, shard_block
+from meshwright.planner.sharding import NotShardable, Setting, Solution, solve_block
 from meshwright.planner.states import I, S, State, parse
 from meshwright.profiling.graph import Block, ModelGraph
+
+Loss = Literal["vocab_parallel", "plain"]
+COMBINATIONS = 256  # of the states of values that layers take besides the carry
 
 
 def inlined_modules(graph: ModelGraph) -> frozenset[str]:
@@ -18,43 +26,109 @@ def inlined_modules(graph: ModelGraph) -> frozenset[str]:
     return frozenset(".".join(parts[:i]) for i in range(len(parts)))
 
 
-def shard_model(graph: ModelGraph, tp: int, sp: bool) -> tuple[ShardedBlock, ...]:
+def shard_model(graph: ModelGraph, tp: int, sp: bool, loss: Loss = "vocab_parallel") -> tuple[ShardedBlock, ...]:
     """Every block of the graph on `tp` ranks; with `sp` the values between blocks are sharded along the sequence.
 
-    Raises NotShardable where heads or the sequence are not divisible, or a tied parameter would have two placements.
+    `loss`: on shards of the logits where the model's own code allows it, or "plain", on gathered logits. Raises NotShardable where
+    an op has no sharding rule, heads or the sequence are not divisible, or a tied parameter would have two placements.
     """
     if tp == 1:
         return tuple(ShardedBlock.whole(b) for b in graph.blocks)
+    return tuple(s.sharded for s in solve_model(graph, tp, sp, loss))
+
+
+def solve_model(graph: ModelGraph, tp: int, sp: bool, loss: Loss = "vocab_parallel") -> tuple[Solution, ...]:
+    """As shard_model, for tp > 1, with the figures of each block's integer programme."""
     for block in graph.blocks:
         _check_heads(block, tp)
     if sp and graph.program is None:
         raise NotShardable(f"sequence parallelism needs a plain sequence of layers; {graph.no_program}")
-    carry = S(1) if sp else I
-    inlined = inlined_modules(graph)
-    sharded_loss = graph.objective == "cross_entropy" and graph.program is not None
-
-    def solve(stored: dict[str, State]) -> list[ShardedBlock]:
-        return [
-            shard_block(
-                block, tp, carry, I if block.id == graph.sequence[-1].block else carry, inlined=inlined, sharded_loss=sharded_loss,
-                stored=stored,
-            )
-            for block in graph.blocks
-        ]  # fmt: skip
-
-    blocks = solve({})
+    sharded_loss = loss == "vocab_parallel" and graph.objective == "cross_entropy" and graph.program is not None
+    made = _Solved(graph, tp, S(1) if sp else I, inlined_modules(graph), sharded_loss)
+    solved = made.best({})
     for group in graph.tied:
-        places = _places(blocks, group)
+        places = _places([s.sharded for s in solved], group)
         if len(places) < 2:
             continue
         # one tensor, one placement: the first that every block can take
         for place in (*places, I):
             with contextlib.suppress(NotShardable):
-                blocks = solve(dict.fromkeys(group, place))
+                solved = made.best(dict.fromkeys(group, place))
                 break
         else:
             raise NotShardable(f"{group[0]} is tied to {group[1]} and no placement suits both")
-    return tuple(blocks)
+    return solved
+
+
+@dataclass
+class _Solved:
+    """The blocks of a model, each solved once for every way in which what it shares with others may be placed."""
+
+    graph: ModelGraph
+    tp: int
+    carry: State
+    inlined: frozenset[str]
+    sharded_loss: bool
+    known: dict[tuple[int, tuple[tuple[str, State], ...], tuple[tuple[str, State], ...]], Solution | str] = field(default_factory=dict)
+
+    def best(self, stored: Mapping[str, State]) -> tuple[Solution, ...]:
+        """The cheapest states of the values that blocks share besides the carry, and every block solved for them."""
+        graph = self.graph
+        fixed = {b.outputs[0]: self._carry_out(b) for b in graph.blocks}
+        choices = self._sides(fixed)
+        times = Counter(o.block for o in graph.sequence)
+        found: tuple[Solution, ...] | None = None
+        least, why = (float("inf"), float("inf")), ""
+        for states in itertools.product(*choices.values()):
+            sides = fixed | dict(zip(choices, states, strict=True))
+            try:
+                solved = tuple(self._block(b, stored, sides) for b in graph.blocks)
+            except NotShardable as e:
+                why = why or str(e)
+                continue
+            price = (sum(s.replicated * times[b.id] for b, s in zip(graph.blocks, solved)), sum(s.price[1] * times[b.id] for b, s in zip(graph.blocks, solved)))
+            if price < least:
+                found, least = solved, price
+        if found is None:
+            raise NotShardable(why)
+        return found
+
+    def _sides(self, fixed: Mapping[str, State]) -> dict[str, list[State]]:
+        """Values besides the carry that one block makes and another takes: the states to try for each. What is made outside the layers
+        and has no gradient (rotary tables) costs nothing whole."""
+        makers = {v: b for b in self.graph.blocks for v in b.outputs}
+        found: dict[str, list[State]] = {}
+        for block in self.graph.blocks:
+            for x in block.inputs:
+                if x.role == "carry" or x.source in fixed or x.source not in makers or not (x.requires_grad or makers[x.source].repeated):
+                    continue
+                shards = [S(d) for d, size in enumerate(x.spec.shape) if d != x.spec.batch_dim and size > 1 and size % self.tp == 0]
+                found[x.source] = [I, *shards]
+        total = 1
+        for source, states in found.items():
+            total *= len(states)
+            if total > COMBINATIONS:
+                found[source] = [I]
+        return found
+
+    def _carry_out(self, block: Block) -> State:
+        return I if block.id == self.graph.sequence[-1].block else self.carry
+
+    def _block(self, block: Block, stored: Mapping[str, State], sides: Mapping[str, State]) -> Solution:
+        own = {v: s for v, s in sides.items() if v in block.outputs[1:] or any(x.source == v and x.role != "carry" for x in block.inputs)}
+        held = {n: s for n, s in stored.items() if any(p.name == n for p in block.params)}
+        key = (block.id, tuple(sorted(own.items())), tuple(sorted(held.items())))
+        if key not in self.known:
+            try:
+                self.known[key] = solve_block(
+                    block, Setting(self.tp, self.carry, self._carry_out(block), self.inlined, self.sharded_loss, held, own)
+                )
+            except NotShardable as e:
+                self.known[key] = str(e)
+        known = self.known[key]
+        if isinstance(known, str):
+            raise NotShardable(known)
+        return known
 
 
 def _places(blocks: list[ShardedBlock], names: tuple[str, ...]) -> list[State]:
@@ -67,6 +141,8 @@ def _check_heads(block: Block, tp: int) -> None:
     for op in block.ops:
         if op.kind != "attention" or not op.requires_grad:
             continue
-        for name, heads in (("attention heads", op.dims["heads"]), ("key-value heads", op.dims["kv_heads"])):
-            if heads % tp:
-                raise NotShardable(f"{heads} {name} are not divisible by {tp}")
+        heads, kv = op.dims["heads"], op.dims["kv_heads"]
+        if heads % tp:
+            raise NotShardable(f"{heads} attention heads are not divisible by {tp}")
+        if kv % tp and tp % kv:
+            raise NotShardable(f"{kv} key-value heads are not divisible by {tp}, nor {tp} by them")

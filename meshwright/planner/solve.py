@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from meshwright.costmodel import constants
+from meshwright.costmodel import constants, schedules
+from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.costmodel.memory import OPTIMIZERS
 from meshwright.costmodel.model import CostModel, for_device
-from meshwright.costmodel.pipeline import Event, makespan, simulate
+from meshwright.costmodel.pipeline import Event, makespan, simulate, simulate_schedule
 from meshwright.costmodel.step import SPREAD
 from meshwright.planner.explain import GIB, bottleneck, does_not_fit, enough_memory, memory_parts, time_parts, why_not
 from meshwright.planner.plan import (
@@ -31,11 +33,12 @@ from meshwright.planner.plan import (
     Solution,
     Stage,
     Workload,
+    mesh_of,
 )  # fmt: skip
 from meshwright.planner.search import Candidate, Outcome, Search
 from meshwright.planner.sharding import NotShardable
-from meshwright.planner.space import Space
-from meshwright.planner.tables import module_tables, stage_program, uses_vocab_parallel_loss
+from meshwright.planner.space import FIXABLE, Space
+from meshwright.planner.tables import module_tables, stage_program
 from meshwright.profiling.cluster import Cluster, Node, parse_cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import Coverage, ModelGraph
@@ -105,6 +108,8 @@ def plan(
     fix: dict[str, Any] | None = None,
     top: int = 5,
     costs: str | CostModel | None = "auto",
+    runnable: bool = False,
+    max_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Plan | Infeasible:
     """The best layout of a model on a cluster, or why none fits.
@@ -112,8 +117,8 @@ def plan(
     `model` is what trace() takes (a config.json, its folder, file.py:factory) or its ModelGraph; `cluster` what parse_cluster
     takes or a Cluster. `precision` defaults to bf16 on GPUs and fp32 on CPUs; `optimizer` is adamw, sgd-momentum or sgd. `limit`
     bounds what a rank takes of its device, with p95 of the prediction. `costs` is a compiled cost model or its file; "auto" takes the
-    one shipped for the device where there is one, None the datasheet. `fix` holds parts of the layout, like {"tp": 8}. Raises
-    InputError for bad input.
+    one shipped for the device where there is one, None the datasheet. `fix` holds parts of the layout, like {"tp": 8}; `runnable` keeps
+    to what apply and emit run. After `max_seconds` the best so far is returned, with its gap. Raises InputError for bad input.
     """
     say = progress or (lambda _: None)
     for name, value in (("global batch", global_batch), ("sequence length", seq), ("number of layouts to show", top)):
@@ -135,10 +140,10 @@ def plan(
     workload = Workload(global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
     limit_bytes = parse_limit(limit, where.device.memory_bytes)
     say(f"sharding {len(model.blocks)} unique blocks")
-    space = Space(model, where, workload, fix or {}, cost_model(costs, where))
+    space = Space(model, where, workload, fix or {}, cost_model(costs, where), runnable)
     say("searching")
     search = Search(space, limit_bytes)
-    outcome = search.run(top, progress=lambda n, of: say(f"searching: {n} of {of} layouts evaluated"))
+    outcome = search.run(top, lambda n, left: say(f"searching: {n} layouts evaluated, {left} choices of degrees left"), max_seconds)
     if not outcome.best:
         say("nothing fits; looking for what would")
         return _infeasible(search, outcome, limit_bytes)
@@ -149,7 +154,7 @@ def plan(
 def plan_of(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, costs: CostModel | None = None) -> tuple[Search, Plan]:
     """The plan of one layout, whether it is the best or not, with the search that priced it. InputError if it is not in the space or
     does not fit the devices."""
-    fixed = {k: getattr(layout, k) for k in ("tp", "sp", "pp", "dp", "zero", "micro_batch", "recompute", "schedule")}
+    fixed = {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in (("recompute", "by stage"), ("loss", "plain"))}
     limit_bytes = cluster.device.memory_bytes
     search = Search(Space(graph, cluster, workload, fixed, costs), limit_bytes)
     outcome = search.run(1)
@@ -174,18 +179,9 @@ def _assemble(search: Search, outcome: Outcome, limit_bytes: float) -> Plan:
     x = best.layout
     sharded = space.shardings[x.tp, x.sp]
     layers, modules = module_tables(graph, sharded) if x.tp > 1 else ((), ())
-    costs = search.stages(best.index).costs(list(best.ends))
-    starts = [0, *best.ends[:-1]]
     solution = Solution(
-        layout=x,
-        stages=tuple(
-            Stage(layers=(a, b), live_bytes=c.live_bytes, peak_bytes=search.reserved_bytes(best.index, c.live_bytes)[0], microbatch_s=c.c)
-            for a, b, c in zip(starts, best.ends, costs, strict=True)
-        ),
-        mesh={"pp": x.pp, "replicate": x.replicate, "shard": x.shard, "tp": x.tp},
-        layer_shardings=layers, module_shardings=modules,
-        loss="vocab_parallel" if x.tp > 1 and uses_vocab_parallel_loss(sharded) else "plain",
-        program=stage_program(graph, sharded, x),
+        layout=x, stages=_stages(search, best), mesh=mesh_of(x), layer_shardings=layers, module_shardings=modules, loss=x.loss,
+        program=stage_program(graph, sharded, x), kv_replicated=any(b.kv_replicated for b in sharded),
     )  # fmt: skip
     made = Plan(
         schema=SCHEMA, created_by=CreatedBy(version=__version__, torch=torch.__version__), inputs_hash=_inputs_hash(space, limit_bytes),
@@ -199,6 +195,21 @@ def _assemble(search: Search, outcome: Outcome, limit_bytes: float) -> Plan:
     return made
 
 
+def _stages(search: Search, best: Candidate) -> tuple[Stage, ...]:
+    out = []
+    for c, chunks in zip(best.cut.costs, search.chunks(best), strict=True):
+        layers = sum(b - a for a, b in chunks)
+        whole = c.choice.mode == 0 or c.choice.layers == layers
+        out.append(
+            Stage(
+                layers=chunks[0], chunks=tuple(chunks) if len(chunks) > 1 else (), recompute=RECOMPUTE[c.choice.mode],  # type: ignore[arg-type]
+                recompute_layers=None if whole else c.choice.layers, live_bytes=c.live_bytes,
+                peak_bytes=search.reserved_bytes(best.row, c.live_bytes)[0], microbatch_s=c.c,
+            )
+        )  # fmt: skip
+    return tuple(out)
+
+
 def stage_events(plan: Plan, microbatches: int | None = None) -> list[Event]:
     """The events of the plan's schedule, forward and backward of each stage split as 1 to 2, for a picture of it."""
     send = 0.0  # transfers are inside the stages' microbatch seconds
@@ -208,23 +219,21 @@ def stage_events(plan: Plan, microbatches: int | None = None) -> list[Event]:
 
 
 def _prediction(search: Search, best: Candidate, limit_bytes: float) -> Prediction:
-    space, i = search.space, best.index
-    costs = search.stages(i).costs(list(best.ends))
-    fullest = max(range(len(costs)), key=lambda s: costs[s].live_bytes)
-    found = search.device_bytes(i, costs[fullest].live_bytes)
+    space, fullest = search.space, best.fullest
+    found = search.device_bytes(best.row, best.live_bytes)
     p50, p95 = map(float, found.device)
     step, w = best.step_s, space.workload
-    name, what, _ = search.memory_of(i, best.ends, fullest)
+    name, what, _ = search.memory_of(best, fullest)
     event = f"{name} of {what}"
     return Prediction(
         step_s=Range(p05=step / SPREAD, p50=step, p95=step * SPREAD),
-        simulated_step_s=_simulated(search, best),
+        simulated_step_s=simulated(search, best),
         tokens_per_s=w.global_batch * w.seq / step,
         mfu=search.bound.mfu(step, w.global_batch, space.cluster.size),
         time_s=time_parts(search, best),
         memory_bytes=Memory(
             capacity=space.cluster.device.memory_bytes, limit=limit_bytes, peak=Range(p05=p50, p50=p50, p95=p95),
-            by_kind=memory_parts(search, i, best.ends, fullest), peak_stage=fullest, peak_event=event,
+            by_kind=memory_parts(search, best, fullest), peak_stage=fullest, peak_event=event,
             by_metric={
                 name: Range(p05=float(low), p50=float(low), p95=float(high))
                 for name, (low, high) in (("allocated", found.allocated), ("reserved", found.reserved), ("device", found.device))
@@ -254,26 +263,55 @@ def _provenance(search: Search) -> tuple[str, ...]:
     return (*lines, *told)
 
 
-def _simulated(search: Search, c: Candidate) -> float:
-    """The step by the event simulator, with each stage's own forward and backward."""
-    i, costs = c.index, search.stages(c.index).costs(list(c.ends))
-    p, m = search.priced, int(search.arrays.microbatches[c.index])
-    if len(costs) == 1:
+def simulated(search: Search, c: Candidate) -> float:
+    """The step by the event simulator, with each virtual stage's own forward, backward and weight gradient."""
+    m, x, costs = int(c.row.microbatches[0]), c.layout, c.cut.costs
+    if x.pp == 1:
         return m * costs[0].c + costs[0].e
-    blocks = [search.stage_blocks(list(c.ends), s) for s in range(len(costs))]
-    f = [float(p.forward[i, b].sum()) for b in blocks]
-    b = [float(p.backward[i, b].sum()) for b in blocks]
+    f, b, w = virtual_stage_seconds(search, c)
+    schedule = schedules.find(x.schedule)
     # the schedule is periodic once it is full: a long one is its fill and drain plus so many periods
-    most = 4 * len(costs)
-    events = makespan(simulate(f, b, float(p.send[i]), min(m, most)))
-    if m > most:
-        events += (m - most) * (events - makespan(simulate(f, b, float(p.send[i]), most - 1)))
-    return events + max(x.e for x in costs)
+    period = x.pp if schedule.shape == "loop" and x.vpp > 1 else 1
+    most = 4 * x.pp * max(1, period // x.pp)
+    few = m if m <= most + period else most + (m - most) % period
+    send = float(search.priced(c).send[0])
+
+    def seconds(microbatches: int) -> float:
+        return makespan(simulate_schedule(x.schedule, f, b, w, send, microbatches, vpp=x.vpp, overlap_send=False))
+
+    events = seconds(few)
+    if m > few:
+        events += (m - few) // period * (events - seconds(few - period))
+    return events + max(y.e for y in costs)
+
+
+def virtual_stage_seconds(search: Search, c: Candidate) -> tuple[list[float], list[float], list[float]]:
+    """Forward, gradient of the input and gradient of the weights of each virtual stage, in the model's order."""
+    p, ends, spans = search.priced(c), search.ends, list(zip((0, *c.ends[:-1]), c.ends))
+    weights = search.bound.weight_seconds(c.row)
+    f, b, w = [], [], []
+    seen = dict.fromkeys(range(c.layout.pp), 0)  # layers of the rank in earlier chunks
+    rank_of = {span: r for r, chunks in enumerate(search.chunks(c)) for span in chunks}
+    for first, last in spans:
+        rank = rank_of[first, last]
+        choice, kinds = c.cut.choices[rank], search.device_type(c, rank)
+        layers = ends.layers[first:last]
+        modes = np.where(seen[rank] + np.arange(len(layers)) < choice.layers, choice.mode, 0)
+        seen[rank] += len(layers)
+        outside = [*([ends.before, ends.between] if first == 0 else []), *([ends.after] if last == len(ends.layers) else [])]
+        extra = np.concatenate(outside).astype(int) if outside else np.zeros(0, int)
+        blocks, modes = np.concatenate([extra, layers]).astype(int), np.concatenate([np.zeros(len(extra), int), modes]).astype(int)
+        rows = [(p.forward[k, 0, blocks].sum(), (p.backward[k, 0, blocks] + p.again[k, 0, modes, blocks]).sum(), weights[k, blocks].sum()) for k in kinds]
+        fs, whole, ws = (float(v) for v in max(rows, key=lambda r: r[0] + r[1]))
+        f.append(fs)
+        b.append(whole - min(ws, whole))
+        w.append(min(ws, whole))
+    return f, b, w
 
 
 def _alternative(search: Search, c: Candidate, best_s: float) -> Alternative:
     return Alternative(
-        layout=c.layout, step_s=c.step_s, peak_bytes=search.reserved_bytes(c.index, c.live_bytes)[0], slower=c.step_s / best_s - 1,
+        layout=c.layout, step_s=c.step_s, peak_bytes=search.reserved_bytes(c.row, c.live_bytes)[0], slower=c.step_s / best_s - 1,
         bottleneck=bottleneck(time_parts(search, c)),
     )  # fmt: skip
 
@@ -292,12 +330,12 @@ def _model_ref(graph: ModelGraph) -> ModelRef:
 def _rejected(search: Search, outcome: Outcome) -> tuple[Rejected, ...]:
     c = outcome.certificate
     out = []
-    over = c.pruned_by_memory + c.infeasible
-    if over:
-        i, live, ends = search.least_memory(search.too_large())
-        out.append(Rejected(constraint="memory", count=over, example=does_not_fit(search, i, live, ends)))
+    if c.pruned_by_memory:
+        out.append(Rejected(constraint="memory", count=c.pruned_by_memory, example="no cut into stages and no recompute makes them fit"))
     if c.pruned_by_bound:
         out.append(Rejected(constraint="step time bound", count=c.pruned_by_bound, example="no cut into stages can beat the layouts shown"))
+    if c.infeasible:
+        out.append(Rejected(constraint="evaluated", count=c.infeasible, example="no cut into stages fits and beats the layouts shown"))
     for reason, count in search.space.skipped.items():
         fix, _, why = reason.partition(": ")
         out.append(Rejected(constraint=why, count=count, example=fix))
@@ -310,11 +348,11 @@ def _notes(space: Space, x: Layout) -> tuple[str, ...]:
     if replicated:
         out.append(f"computed on every tensor-parallel rank, for want of a sharding rule: {', '.join(replicated)}")
     if space.cluster.mixed:
-        out.append(f"the cluster mixes devices; every one was priced as the slowest, {space.cluster.device.name}")
+        out.append("the cluster mixes devices: each stage is priced as the slowest of its own, ranks numbered node by node as the cluster lists them")
     if any(op.args.get("p") for b in space.graph.blocks for op in b.ops if op.target.startswith("aten.dropout")):
         out.append("the model has dropout: its masks, and so its losses, depend on the layout")
     if any(b.kind == "experts" for block in space.graph.blocks for b in block.ops):
-        out.append("experts are priced with balanced routing, and are not sharded by expert parallelism")
+        out.append("experts are priced with balanced routing")
     return tuple(out)
 
 
@@ -329,30 +367,67 @@ def _inputs_hash(space: Space, limit_bytes: float) -> str:
 
 def _infeasible(search: Search, outcome: Outcome, limit_bytes: float) -> Infeasible:
     space = search.space
-    i, live, ends = search.least_memory()
-    nearest = [n for n in (_more_nodes(search, limit_bytes), _more_memory(search, i, live, ends)) if n is not None]
+    _, least = search.least_memory()
     return Infeasible(
         schema="meshwright.infeasible/1", model=space.graph.name, cluster=space.cluster.name, workload=space.workload,
-        needs_bytes=search.reserved_bytes(i, live)[1], limit_bytes=limit_bytes, least=does_not_fit(search, i, live, ends),
-        nearest=tuple(nearest), rejected=_rejected(search, outcome), solver=outcome.certificate, coverage=space.graph.coverage(),
+        needs_bytes=search.reserved_bytes(least.row, least.live_bytes)[1], limit_bytes=limit_bytes, least=does_not_fit(search, least),
+        nearest=tuple(relaxations(search, least)), rejected=_rejected(search, outcome), solver=outcome.certificate,
+        coverage=space.graph.coverage(),
     )  # fmt: skip
 
 
-def _more_nodes(search: Search, limit_bytes: float, most: int = 4096) -> Nearest | None:
+def relaxations(search: Search, least: Candidate) -> Iterator[Nearest]:
+    """The smallest changes with which something fits, each solved: one held choice set free, half the batch, more nodes, more memory."""
+    space = search.space
+    for key in space.fixed:
+        found = _solved(search, space.cluster, space.workload, {k: v for k, v in space.fixed.items() if k != key})
+        if found is not None:
+            tried, best = found
+            yield _nearest(tried, best, f"{key}={_shown(getattr(best.layout, key))} instead of {_shown(space.fixed[key])}")
+    smaller = space.workload.global_batch // 2
+    while smaller >= 1 and space.workload.global_batch % smaller == 0:
+        workload = space.workload.model_copy(update={"global_batch": smaller})
+        found = _solved(search, space.cluster, workload, space.fixed)
+        if found is not None:
+            yield _nearest(*found, f"a global batch of {smaller} instead of {space.workload.global_batch}")
+            break
+        smaller //= 2
+    more = _more_nodes(search)
+    if more is not None:
+        yield more
+    yield _more_memory(search, least)
+
+
+def _shown(value: Any) -> Any:
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+def _nearest(search: Search, best: Candidate, change: str) -> Nearest:
+    p95 = search.reserved_bytes(best.row, best.live_bytes)[1]
+    return Nearest(change=change, layout=best.layout, peak_bytes=p95, step_s=best.step_s)
+
+
+def _solved(search: Search, cluster: Cluster, workload: Workload, fixed: dict[str, Any]) -> tuple[Search, Candidate] | None:
+    """The best layout of another cluster, batch or choice for the same model; None if nothing fits or there is none."""
+    try:
+        tried = Search(search.space.like(cluster, workload, fixed), search.limit_bytes)
+    except (InputError, NotShardable):
+        return None
+    found = tried.run(1).best
+    return (tried, found[0]) if found else None
+
+
+def _more_nodes(search: Search, most: int = 4096) -> Nearest | None:
     """The smallest number of nodes of the same kind with which something fits, by doubling and bisection."""
     space = search.space
     if space.cluster.bandwidth_Bps is not None or len(space.cluster.nodes) != 1:
         return None
     node = space.cluster.nodes[0]
+    fixed = {k: v for k, v in space.fixed.items() if k != "dp"}
 
     def solve(count: int) -> tuple[Search, Candidate] | None:
-        bigger = Cluster(name=space.cluster.name, nodes=(Node(device=node.device, devices=node.devices, count=count),), links=space.cluster.links)
-        try:
-            tried = Search(Space(space.graph, bigger, space.workload, space.fixed, space.costs), limit_bytes)
-        except (InputError, NotShardable):
-            return None
-        found = tried.run(1).best
-        return (tried, found[0]) if found else None
+        bigger = space.cluster.model_copy(update={"nodes": (Node(device=node.device, devices=node.devices, count=count),)})
+        return _solved(search, Cluster.model_validate(bigger.model_dump()), space.workload, fixed)
 
     low, count, answer = node.count, node.count * 2, None
     while count <= most:
@@ -370,16 +445,11 @@ def _more_nodes(search: Search, limit_bytes: float, most: int = 4096) -> Nearest
             low = middle
         else:
             high, answer = middle, tried
-    found, best = answer
-    name = node.spec.name
-    return Nearest(
-        change=f"{high} nodes of {node.devices} {name} ({high * node.devices} devices)", layout=best.layout,
-        peak_bytes=found.reserved_bytes(best.index, best.live_bytes)[1], step_s=best.step_s,
-    )  # fmt: skip
+    return _nearest(*answer, f"{high} nodes of {node.devices} {node.spec.name} ({high * node.devices} devices)")
 
 
-def _more_memory(search: Search, i: int, live: float, ends: list[int]) -> Nearest:
+def _more_memory(search: Search, least: Candidate) -> Nearest:
     """The same devices with enough memory, or more of it allowed, for the least hungry layout."""
-    _, p95 = search.reserved_bytes(i, live)
+    _, p95 = search.reserved_bytes(least.row, least.live_bytes)
     change = enough_memory(p95, search.limit_bytes, search.space.cluster.device.memory_bytes)
-    return Nearest(change=change, layout=search.layouts[i], peak_bytes=p95, step_s=search.stages(i).step(ends))
+    return Nearest(change=change, layout=least.layout, peak_bytes=p95, step_s=least.step_s)

@@ -68,12 +68,13 @@ def convertible(source: State, target: State) -> bool:
     return source.pieces == target.pieces == 1 and (source.kind, target.kind) in CONVERSIONS
 
 
-def moved(source: State, target: State, ranks: int) -> float:
-    """Bytes that a conversion moves per byte of the full tensor, forward and backward, in ring terms.
+def moved(source: State, target: State, ranks: int, backward: bool = True) -> float:
+    """Bytes that a conversion moves per byte of the full tensor, forward and (unless it has no gradient) backward, in ring terms.
 
     all_gather and reduce_scatter send (t - 1) / t of the tensor, all_reduce twice that.
     """
     if source == target:
         return 0.0
     share = (ranks - 1) / ranks
-    return sum({"all_reduce": 2 * share, None: 0.0}.get(op, share) for op in CONVERSIONS[source.kind, target.kind])
+    ops = CONVERSIONS[source.kind, target.kind][: 2 if backward else 1]
+    return sum({"all_reduce": 2 * share, None: 0.0}.get(op, share) for op in ops)

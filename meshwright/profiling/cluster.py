@@ -90,6 +90,16 @@ class Links(_Model):
     network: Link | None = None
 
 
+class Host(_Model):
+    """The memory of a node's host, where it may hold what its devices do not: bytes of a node, and bytes a second between one device
+    and it, one way."""
+
+    memory_bytes: Positive
+    bandwidth_Bps: Positive
+    provenance: Provenance = "assumed"
+    source: str = ""
+
+
 class Group(_Model):
     """What a collective needs to know of its ranks: how many, over how many nodes, and the slowest link of each tier."""
 
@@ -106,6 +116,7 @@ class Cluster(_Model):
     name: str = "cluster"
     nodes: Annotated[tuple[Node, ...], Field(min_length=1)]
     links: Links = Links()
+    host: Host | None = None
     bandwidth_Bps: tuple[tuple[float, ...], ...] | None = None
 
     @model_validator(mode="after")
