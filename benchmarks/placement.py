@@ -99,7 +99,8 @@ def simulated(cluster: Cluster, order: tuple[int, ...], traffic: Traffic, comput
         stages = []
         for stage in range(pp):
             group = mapped.group(ranks[stage, replica])
-            stages.append(compute + sum(k.times / slots * float(collectives.seconds(k.op, k.nbytes, group)) for k in traffic.collectives[:2]))
+            sent = sum(k.times * float(collectives.seconds(k.op, k.nbytes, group)) for k in traffic.collectives[:2])
+            stages.append(compute + sent / slots)
         forward, backward = [s / 3 for s in stages], [2 * s / 3 for s in stages]
         if pp == 1:
             slowest = max(slowest, MICROBATCHES * stages[0])
@@ -137,10 +138,15 @@ def row(name: str, cluster: Cluster, shape: tuple[int, int, int], seconds: float
     moved = p.seconds - traffic.rest_s
     text = (
         f"{name:32} {layout:15} | {p.default_seconds:7.3f} {p.seconds:7.3f} {p.bound:7.3f} {100 * p.gap:5.2f} "
-        f"{100 * moved / max(p.bound - traffic.rest_s, 1e-12) - 100:6.1f} {100 - 100 * p.seconds / p.default_seconds:6.1f} | "
-        f"{default:7.3f} {found:7.3f} {100 - 100 * found / default:6.1f} {found / p.bound:9.4f} | {took:5.2f} {p.method.split(',')[0]}"
+        f"{max(0.0, 100 * moved / max(p.bound - traffic.rest_s, 1e-12) - 100):6.1f} {saved(p.default_seconds, p.seconds):6.1f} | "
+        f"{default:7.3f} {found:7.3f} {saved(default, found):6.1f} {found / p.bound:9.4f} | {took:5.2f} {p.method.split(',')[0]}"
     )
     return text, p
+
+
+def saved(default: float, found: float) -> float:
+    """Per cent, without a minus before zero."""
+    return round(100 - 100 * found / default, 1) + 0.0
 
 
 def main() -> None:

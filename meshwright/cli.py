@@ -200,7 +200,7 @@ def profile_import(
         elif source == "nccl-tests":
             made = read_nccl_tests([Path(p) for p in paths])
         else:
-            raise InputError(f"{source!r} is not known: profile import takes aiconfigurator, nccl-tests or galvatron")
+            raise InputError(f"{source!r} is not known: profile import takes aiconfigurator or nccl-tests, and galvatron for layer profiles")
         say(f"writing {output}")
         write_profile(made, Path(output))
     print(f"Wrote {output}: {made.rows()} samples of {made.device} in {len(made.tables)} classes")

@@ -20,7 +20,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Layouts:
-    """Arrays of one length. `ulysses`, `loss`, `state` and `offload` index the choices above; `zero` and `schedule` may be FREE.
+    """Arrays of one length. `ulysses`, `loss`, `state` and `offload` index the choices above; `zero`, `schedule` and `offload` may be FREE.
 
     Devices are tp x cp x pp x dp, ranks ordered pp, dp, cp, tp with tp innermost; expert ranks are edp x ep x etp on the same
     devices of a stage, etp innermost. `replicas` are groups of data-parallel ranks that hold equal copies under ZeRO 1 to 3.

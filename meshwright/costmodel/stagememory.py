@@ -75,6 +75,7 @@ class Blocks:
     keeps_result: np.ndarray  # bool: what the block returns is among what it keeps
     last_numel: np.ndarray  # of the block's last parameter, whose gradient a reduction holds longest
     tied: np.ndarray  # of the block's parameters, those that an earlier block holds: in `numel` of that one only, with gradients of their own
+    local: np.ndarray | None = None  # of `padded`, what one rank stores; padded / shards if not given, but experts shard over ranks of their own
     recomputes: Any = False  # layers keep what goes into them; bool, or bool of each block
     backward_first: np.ndarray | None = None  # `backward` where no sum exists yet, if that differs
     side: float = 0.0  # what layers take besides the carry
@@ -85,7 +86,7 @@ class Blocks:
 
 _ARRAYS = (
     "layer", "kept", "forward", "backward", "saved", "carry", "numel", "padded", "buffers", "incoming", "keeps_result", "last_numel", "tied",
-    "recomputes", "backward_first",
+    "recomputes", "backward_first", "local",
 )  # fmt: skip
 _BOOLS = ("layer", "keeps_result", "recomputes")
 _SCALARS = ("side", "output", "inputs", "handed")
@@ -163,11 +164,16 @@ class StageMemory:
         self._above = np.where(after < len(self.at), self.at[np.minimum(after, max(len(self.at) - 1, 0))] if len(self.at) else 0, -1)
 
     @cached_property
+    def _local(self) -> np.ndarray:
+        return np.asarray(self.b.padded / self.x.shards if self.b.local is None else self.b.local)
+
+    @cached_property
     def _sums(self) -> dict[str, np.ndarray]:
         b, root = self.b, ~self.b.layer
         terms = {
             "kept": b.kept, "numel": b.numel, "padded": b.padded, "buffers": b.buffers, "tied": b.tied, "root": b.numel * root,
-            "root_padded": b.padded * root, "layers": b.numel * b.layer, "layers_padded": b.padded * b.layer,
+            "root_padded": b.padded * root, "layers": b.numel * b.layer, "layers_padded": b.padded * b.layer, "local": self._local,
+            "layers_local": self._local * b.layer,
         }  # fmt: skip
         return {name: np.concatenate([[0.0], np.cumsum(x)]) for name, x in terms.items()}
 
@@ -224,13 +230,13 @@ class StageMemory:
         kept = between("kept") + own + self.b.output * place.head * (x.pp > 1)
         gradients: Any = 0.0
         if x.microbatches > 1 and not x.first:
-            gradients = REDUCED * (between("numel") if x.sums_whole else between("padded") / x.shards)
+            gradients = REDUCED * (between("numel") if x.sums_whole else between("local"))
         links = received + place.chunks - place.head * 1
         constant = {
-            "parameters": MASTER * between("padded") / x.shards + between("buffers"),
+            "parameters": MASTER * between("local") + between("buffers"),
             "gathered": c * (between("root_padded") if x.zero == 3 else between("padded")),
             "gradients": gradients,
-            "optimizer": x.state_bytes * between("padded") / x.shards,
+            "optimizer": x.state_bytes * between("local"),
             "communication": (links * x.microbatches + (received > 0) * (x.microbatches > 1)) * self.b.handed,
             "inputs": self.b.inputs,
         }
@@ -258,7 +264,7 @@ class StageMemory:
         root_grads = (c if x.fsdp else REDUCED) * (own_grads or one)
         reduces = x.fsdp and not x.sums_whole  # inside the backward of every microbatch
         leftover = REDUCED * (s["root_padded"][end] - s["root_padded"][begin]) if reduces and not one and x.pp == 1 else 0.0
-        grown = 0.0 * s["layers"] if not one else s["layers_padded"] / shards if reduces else s["layers"]
+        grown = 0.0 * s["layers"] if not one else s["layers_local"] if reduces else s["layers"]
 
         def between(prefix: np.ndarray) -> Any:
             return prefix[end] - prefix[begin]
@@ -324,7 +330,7 @@ class StageMemory:
         ]
         if x.fsdp and x.sums_whole and x.pp == 1 and not x.first:  # the last backward of a step, which reduces and frees layer by layer
             above = REDUCED * np.where(self._above >= 0, b.padded[self._above], 0.0)
-            kept_whole = REDUCED * (s["layers"] - s["layers_padded"] / shards)
+            kept_whole = REDUCED * (s["layers"] - s["layers_local"])
             freed_last = c * s["layers_padded"]
             last = score(above)
             last["gradients"] = last["gradients"] + kept_whole[1:]
@@ -336,8 +342,8 @@ class StageMemory:
         if x.fsdp and (reduces or x.pp == 1 and not x.first):
             # the buffer is filled from the gradients, which go before the reduced ones come
             held = c * b.last_numel * (shards > 1)
-            new = np.maximum(c * b.numel, held + REDUCED * b.padded / shards) if reduces else self._late(b.numel, b.padded, b.last_numel)
-            gone = 0.0 * s["layers"] if reduces else REDUCED * (s["layers"] - s["layers_padded"] / shards)
+            new = np.maximum(c * b.numel, held + REDUCED * self._local) if reduces else self._late(b.numel, self._local, b.last_numel)
+            gone = 0.0 * s["layers"] if reduces else REDUCED * (s["layers"] - s["layers_local"])
             ends = frees or (x.sums_whole and x.pp == 1)  # gathered parameters go before their gradients are reduced
             freed = c * s["layers_padded"] if ends else 0.0 * s["layers"]
             parts = {
@@ -358,7 +364,7 @@ class StageMemory:
                     {
                         "temporaries": np.maximum(c * root, self._last_root(begin, end) * c * (shards > 1) + REDUCED * padded / shards)
                         if reduces
-                        else self._late(root, padded, self._last_root(begin, end)),
+                        else self._late(root, padded / shards, self._last_root(begin, end)),
                         "communication": REDUCED * padded, "gradients": done, "activations": 0.0 * root + output,
                         "gathered": -c * padded if zero3 else -freed[end] + freed[begin] - c * padded * ends,
                     },
@@ -366,7 +372,7 @@ class StageMemory:
             )  # fmt: skip
         if x.fsdp and not reduces and x.pp > 1:  # a pipeline reduces when all its microbatches are done, the root first
             padded = between(s["root_padded"])
-            late = self._late(between(s["root"]), padded, self._last_root(begin, end))
+            late = self._late(between(s["root"]), padded / shards, self._last_root(begin, end))
             parts = {"gathered": -c * padded, "communication": REDUCED * padded, "temporaries": late}
             found.append(Moment("reduction", parts, idle=True))
         if x.first and x.fsdp and not reduces:  # the first backward leaves fp32 sums where there were none
@@ -374,9 +380,9 @@ class StageMemory:
             found.append(Moment("accumulation", {"gradients": REDUCED * between(s["numel"]), "activations": output, "temporaries": last_root}))
         return found
 
-    def _late(self, numel: Any, padded: Any, last: Any) -> Any:
+    def _late(self, numel: Any, local: Any, last: Any) -> Any:
         """What a reduced result takes beyond the sums that it replaces, of which a reduction over ranks holds the last until it is done."""
-        return np.maximum(REDUCED * padded / self.x.shards - REDUCED * (numel - last), 0.0) * (self.x.shards > 1)
+        return np.maximum(REDUCED * local - REDUCED * (numel - last), 0.0) * (self.x.shards > 1)
 
     def _last_root(self, begin: Any, end: Any) -> Any:
         """The last parameter outside the layers, of blocks [begin, end)."""
@@ -470,6 +476,7 @@ class StageMemory:
     def _table(self) -> np.ndarray:
         """What blocks hold, [_ARRAYS, blocks]."""
         own = {name: getattr(self.b, name) for name in _ARRAYS}
+        own["local"] = self._local
         own["backward_first"] = self.b.backward if self.b.backward_first is None else self.b.backward_first
         own["recomputes"] = np.broadcast_to(self.b.recomputes, len(self.b.layer))
         return np.array([own[name] for name in _ARRAYS], float)

@@ -109,7 +109,10 @@ class Bound:
         self.repeated = np.array([b.repeated for b in graph.blocks], bool)
         self.order = np.array([o.block for o in graph.sequence])
         self.groups = Progressions(cluster)
-        self.devices = list(dict.fromkeys(n.spec for n in cluster.nodes)) if cluster.mixed else [cluster.device]
+        self.devices = [cluster.device]
+        if cluster.mixed:
+            specs = [n.spec for n in cluster.nodes]
+            self.devices = [d for i, d in enumerate(specs) if d not in specs[:i]]
         priced_by = [(d, for_device(d.name) if cluster.mixed and costs is not None else costs) for d in self.devices]
         tp_group = {tp: self.groups.group(tp, 1) for tp in {tp for tp, _ in shardings}}
         self.tables = Tables(shardings, priced_by, self.batches, tp_group, self.repeated)
@@ -230,7 +233,7 @@ class Bound:
         [types, layouts, blocks]. Parameters that are not experts' are sharded over cp too; experts' over the ranks that hold the same.
         """
         zero = x.zero[:, None]
-        sharded, free = zero > 0, zero == FREE
+        free = zero == FREE
         stage, tp = x.stage, x.tp
         shards = np.where(x.zero > 0, x.shards, 1)
         eshards = np.where(x.zero > 0, x.expert_shards, 1)
@@ -281,11 +284,12 @@ class Bound:
         once = once + np.where((zero == 1) | (zero == 2), exposed(gather, forward), 0.0)
         state = self.state_bytes(x)[:, None]
         host = self.host_Bps
-        away = (x.offload == OFFLOADS.index("optimizer"))[:, None]
-        optimizer = local * (12.0 + 2 * np.where(away, 0.0, state)) / moved_Bps
-        if host:
-            optimizer = optimizer + np.where(away, 2 * state * local / host, 0.0)
-        once = np.where(sharded | (zero == 0), once, 0.0)
+        here = 2 * state * local / moved_Bps
+        there = 2 * state * local / host if host else np.full_like(local, np.inf)
+        offload = x.offload[:, None]
+        optimizer = 12.0 * local / moved_Bps
+        optimizer = optimizer + np.where(offload == FREE, np.minimum(here, there), np.where(offload == OFFLOADS.index("optimizer"), there, here))
+        once = np.where(free, 0.0, once)
         return per_forward, per_backward, accumulation, once, optimizer
 
     @property
@@ -360,7 +364,7 @@ class Bound:
         shards, eshards = np.where(x.zero == 0, 1, x.shards)[:, None], np.where(x.zero == 0, 1, x.expert_shards)[:, None]
         shards, eshards = np.where(free, (x.dp * x.cp)[:, None], shards), np.where(free, x.edp[:, None], eshards)
         local, numel = dense / shards + experts / eshards, dense + experts
-        state = np.where(x.offload == OFFLOADS.index("optimizer"), 0.0, self.state_bytes(x))[:, None]
+        state = np.where(x.offload == OFFLOADS.index("none"), self.state_bytes(x), 0.0)[:, None]
         fsdp = (x.dp * x.cp > 1)[:, None] | (self.compute_bytes < MASTER)
         whole = ~free & (zero < 3)
         gathered = np.where(fsdp & whole, self.compute_bytes * numel, 0.0)
@@ -401,7 +405,7 @@ class Bound:
         shape = Shape(
             pp=int(x.pp[i]), microbatches=int(x.microbatches[i]), zero=zero, dp=shards if zero else int(x.dp[i] * x.cp[i]),
             compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER, schedule=schedule, vpp=int(x.vpp[i]),
-            state_bytes=0.0 if x.offload[i] else float(self.state_bytes(x.take(slice(i, i + 1)))[0]),
+            state_bytes=0.0 if x.offload[i] == OFFLOADS.index("optimizer") else float(self.state_bytes(x.take(slice(i, i + 1)))[0]),
         )  # fmt: skip
         t, batch, cp, ep = int(self.sharding_of(x)[i]), float(x.micro_batch[i]), int(x.cp[i]), int(x.ep[i] * x.etp[i])
         chunks = LOSS_CHUNKS if LOSSES[int(x.loss[i])] == "chunked" else 1
@@ -444,7 +448,7 @@ class Bound:
         return StageMemory(
             Blocks(
                 layer=layer, kept=kept, forward=forward, backward=backward, saved=saved, carry=of["carry"], numel=held, padded=padded,
-                buffers=each([m.buffers for m in unique]), side=float(of["side"][layer].max(initial=0.0)),
+                local=local, buffers=each([m.buffers for m in unique]), side=float(of["side"][layer].max(initial=0.0)),
                 output=float(of["output"].sum()), inputs=float(sum(y.spec.amount.at(samples) for y in inputs)),
                 handed=float(of["carry"][layer].max(initial=0.0)), incoming=of["incoming"], keeps_result=keeps & (r == 0), recomputes=r > 0,
                 tied=tied, backward_first=backward_first,

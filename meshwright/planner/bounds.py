@@ -74,7 +74,7 @@ class Bounds:
 
     def live(self, x: Layouts, p: Priced) -> Array:
         """A lower bound on the live bytes of the fullest rank: what the mean rank holds, with one microbatch in flight."""
-        kept = p.kept[:, list(self.modes)].min(axis=1)
+        kept = p.kept[:, list(self.modes)].min(axis=1) * self.bound.repeated  # a loss in chunks keeps next to nothing
         tied = self.bound.tied_numel(x) * (MASTER + REDUCED + self.bound.compute_bytes + 8.0)
         return np.asarray(((p.held + kept) @ self.bound.counts - tied) / x.pp - p.carry)
 

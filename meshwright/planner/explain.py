@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel.layouts import RECOMPUTE
+from meshwright.planner.leastmemory import Need, least_memory
 from meshwright.planner.plan import Layout, WhyNot
 from meshwright.planner.search import Candidate, Search
 from meshwright.profiling.errors import InputError
@@ -115,6 +116,22 @@ def answer(search: Search, best: Candidate, fix: dict[str, Any]) -> WhyNot | Non
         return WhyNot(fix=name, fits=False, reason=does_not_fit(held, held.least_memory()[1]))
     other = found[0]
     return WhyNot(fix=name, fits=True, step_s=other.step_s, slower=other.step_s / best.step_s - 1, reason=difference(search, best, other))
+
+
+def why_not_memory(search: Search, best: Need, most: int = 6) -> list[WhyNot]:
+    """For choices of the layout that needs least memory, what the others need at least, dearest first."""
+    found = []
+    for fix in _questions(search, best.candidate.layout):
+        try:
+            other = least_memory(search.holding(fix)).best[0]
+        except InputError:
+            continue
+        more = f"{(other.bytes - best.bytes) / GIB:.2f} GiB more" if other.bytes > best.bytes * (1 + 1e-6) else "no more"
+        told = f"needs {other.bytes / GIB:.2f} GiB at best (p95), {more}, and takes {other.candidate.step_s:.3g} s, with {other.candidate.layout}"
+        fits = other.bytes <= search.limit_bytes
+        answered = WhyNot(fix=_words(fix, best.candidate.layout), fits=fits, step_s=other.candidate.step_s if fits else None, reason=told)
+        found.append((other.bytes, answered))
+    return [w for _, w in sorted(found, key=lambda x: -x[0])][:most]
 
 
 def _words(fix: dict[str, Any], chosen: Layout) -> str:

@@ -108,6 +108,9 @@ class _Hull:
         return self.y[i - 1] + share * (self.y[i] - self.y[i - 1])
 
 
+_Hulls = dict[tuple[int, tuple[int, ...]], _Hull]  # by stage and the options that are left
+
+
 def strategies(pricer: Pricer, stages: int, microbatches: int, own: bool = False, ends: bool = False) -> list[Strategy]:
     """Strategies that divide the ranks and the batch and were measured. `own`: those of Galvatron's search, powers of two, with ZeRO-2
     or 3 over replicas alone; else every degree, and ZeRO over Ulysses ranks too. `ends`: of embedding and head, without checkpoints."""
@@ -170,8 +173,10 @@ class _Search:
                 if ends:
                     plans = _log10_sum(plans, math.log10(len(ends)) + math.log10(cuts) + pricer.layers * math.log10(len(options)))
                 kept = _undominated([_Option(s, c, _weight(c, p, m, pricer.account)) for s in options for c in [pricer.layer(s, p, m)]])
+                held = [[math.ceil(o.cost.states_MB + o.cost.activation_MB * (p - i)) for o in kept] for i in range(p)]
+                hulls: _Hulls = {}
                 for vocab in ends:
-                    one = _Outer(self, p, m, vocab, kept)
+                    one = _Outer(self, p, m, vocab, kept, held, hulls)
                     outer.append((one.bound_s, count, one))
                     count += 1
         for bound, _, one in sorted(outer, key=lambda x: x[:2]):
@@ -189,18 +194,20 @@ class _Search:
 class _Outer:
     """One choice of stages, microbatches and the ends' strategy: what its stages may hold, and their bounds."""
 
-    def __init__(self, search: _Search, stages: int, microbatches: int, vocab: Strategy, options: list[_Option]) -> None:
+    def __init__(
+        self, search: _Search, stages: int, microbatches: int, vocab: Strategy, options: list[_Option], held: list[list[int]], hulls: _Hulls
+    ) -> None:
+        """`held`: MB of a layer by stage and option; `hulls` are those of these, made as they are asked for."""
         pricer = search.pricer
         self.search, self.pricer, self.p, self.m, self.vocab, self.options = search, pricer, stages, microbatches, vocab, options
         first, last = pricer.vocab(vocab, stages, microbatches)
         nothing = Cost(0.0, 0.0, 0.0, 0.0, 0.0)
         self.ends = [first if i == 0 else last if i == stages - 1 else nothing for i in range(stages)]
         self.ends_weight = [_weight(e, stages, microbatches, pricer.account) for e in self.ends]
-        self.held = [[math.ceil(o.cost.states_MB + o.cost.activation_MB * (stages - i)) for o in options] for i in range(stages)]
+        self.held, self.hulls = held, hulls
         self.capacity = [
             pricer.budget_MB - math.ceil(e.states_MB + e.activation_MB * (stages - i) + CONTEXT_MB) for i, e in enumerate(self.ends)
         ]
-        self.hulls: dict[tuple[int, tuple[int, ...]], _Hull] = {}
         self.palettes: dict[bool, list[_Palette]] = {}
         self.fastest: dict[tuple[int, int], _Stage | None] = {}
         self.most = pricer.layers - stages + 1

@@ -137,11 +137,10 @@ def apply_order(cluster: Cluster, order: Sequence[int]) -> Mapped:
     """The cluster as the ranks of a mapping see it: what costs are to be bound to. InputError if `order` is no permutation."""
     if sorted(order) != list(range(cluster.size)):
         raise InputError(f"a rank order of this cluster must hold each of 0 to {cluster.size - 1} once")
-    matrix = cluster.bandwidth_Bps
-    return Mapped(
-        name=cluster.name, nodes=cluster.nodes, links=cluster.links, order=tuple(int(d) for d in order),
-        bandwidth_Bps=None if matrix is None else tuple(tuple(matrix[i][j] for j in order) for i in order),
-    )  # fmt: skip
+    fields = {name: getattr(cluster, name) for name in Cluster.model_fields}
+    if cluster.bandwidth_Bps is not None:
+        fields["bandwidth_Bps"] = tuple(tuple(cluster.bandwidth_Bps[i][j] for j in order) for i in order)
+    return Mapped(**fields, order=tuple(int(d) for d in order))
 
 
 def group_of(cluster: Cluster, order: Sequence[int], ranks: np.ndarray | list[int] | range, op: Op = "all_gather") -> Group:
@@ -427,8 +426,9 @@ class _Floor:
     Let N_a be the most nodes that a line of ranks along axis a spans. Where ranks of a node are drawn at random, the entropy of a rank is
     at least the sum over axes of its entropy along the axis given the others, so that on nodes of d devices the product of all N_a is
     at least the number of nodes (of unequal ones: devices over the mean of d weighted by devices, in logarithms). The same holds with
-    several axes as one. Axes of which N_a is 1 leave a line along the others at most d over their degrees as places in a node. Under
-    both, each kind of group has a floor for every N_a, and the bound is the least sum of floors over all N_a.
+    several axes as one. Where N_a is 1 for some axes, a node is filled by whole blocks of them: their degrees divide d, and leave a line
+    along another axis d over them as places in a node. Under both, each kind of group has a floor for every N_a, and the bound is the
+    least sum of floors over all N_a.
 
     A kind's floor: every device is in a group of the kind, and the slowest group takes as long as the best that any device could be in,
     going by how many nodes it spans and by what is fastest of its own links and of the rings through it.
@@ -448,6 +448,8 @@ class _Floor:
         for inside in np.unique(spans == 1, axis=1).T if used else np.zeros((1, 0), bool):
             these = spans[:, ((spans == 1) == inside[:, None]).all(axis=0)] if used else spans
             closed = {i for i, x in zip(used, inside) if x}
+            if (self.sizes % prod(t.shape[i] for i in closed)).any():
+                continue
             total = np.full(these.shape[1], t.rest_s)
             for j, kind in enumerate(price.kinds):
                 floor = self._kind(j, prod(t.shape[i] for i in closed - set(kind.axes)))
@@ -498,7 +500,7 @@ class _Floor:
         return out
 
     def _ways(self, kind: _Kind, nodes: int, emptiest: int, shared: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the slowest link of a device's group cannot exceed, inside nodes and between, by how the device lies in it; 0 where it cannot."""
+        """What the slowest link of a device's group cannot exceed, inside nodes and between, by how the device lies in it; 0: it cannot."""
         m, n = self._measured, kind.n
         most = np.minimum(self.sizes[m.home] // shared, n - (nodes - 1) * emptiest)  # of the group on the device's node
 

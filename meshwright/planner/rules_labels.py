@@ -163,7 +163,8 @@ def _moved(op: Op, name: str, specs: list[TensorSpec]) -> Labelled | None:
     if name in SAME_SHAPE:
         return Labelled([d], [d])
     if name in BROADCAST:
-        return Labelled([aligned(s.shape, out) for s in specs[: len(outs)]] + [_none(s.shape) for s in specs[len(outs) :]], [_all(len(o)) for o in outs])
+        ins = [aligned(s.shape, out) if i < len(outs) else _none(s.shape) for i, s in enumerate(specs)]
+        return Labelled(ins, [_all(len(o)) for o in outs])
     if name in ("transpose", "swapaxes", "t", "permute", "mT", "numpy_T"):
         order = _order(op, name, rank)
         return Labelled([d], [tuple(d[i] for i in order)])
@@ -180,8 +181,10 @@ def _moved(op: Op, name: str, specs: list[TensorSpec]) -> Labelled | None:
         row = tuple(None if i == at else c for i, c in enumerate(d))
         return Labelled([row], [(*row, None)])
     if name in ("repeat", "tile"):
-        row = tuple(c if a == b else None for c, a, b in zip(d, first, out, strict=True)) if len(out) == rank else None
-        return Labelled([row], [row]) if row is not None else None
+        if len(out) != rank:
+            return None
+        row = tuple(c if a == b else None for c, a, b in zip(d, first, out, strict=True))
+        return Labelled([row], [row])
     if name in ("slice", "select", "narrow"):
         at = int(op.args.get("dim", 0)) % rank
         if name == "select":
@@ -217,8 +220,8 @@ def _order(op: Op, name: str, rank: int) -> list[int]:
         return [int(i) % rank for i in op.args["dims"]]
     if name in ("t", "numpy_T"):
         return order[::-1]
-    a, b = (-2, -1) if name == "mT" else (op.args.get("dim0", op.args.get("axis0")), op.args.get("dim1", op.args.get("axis1")))
-    a, b = int(a) % rank, int(b) % rank
+    given = (-2, -1) if name == "mT" else (op.args.get("dim0", op.args.get("axis0", 0)), op.args.get("dim1", op.args.get("axis1", 0)))
+    a, b = (int(x) % rank for x in given)
     order[a], order[b] = order[b], order[a]
     return order
 

@@ -22,9 +22,11 @@ from meshwright.costmodel.allocator import DeviceBytes
 from meshwright.costmodel.layouts import RECOMPUTE, SCHEDULES, V_SHAPED, Layouts
 from meshwright.costmodel.step import Bound, Priced
 from meshwright.planner.bounds import Bounds, Ends
+from meshwright.planner.leastmemory import least_memory
 from meshwright.planner.plan import Certificate, Layout
 from meshwright.planner.space import Space, layout_of, to_arrays
 from meshwright.planner.stages import Choice, Cut, StageProblem, Stages
+from meshwright.profiling.errors import InputError
 
 TIE = 1e-12  # relative
 FIRST, MORE = 8, 512  # rows of degrees that are given details at once: at first, and later
@@ -89,6 +91,8 @@ class Search:
         self._most_memory = max(memories) / min(memories)
         self._details, self._which = space.details_of(self.degrees)
         self.children = np.array([d.count for d in self._details])[self._which]  # layouts under each row of degrees
+        if not self.size:
+            raise InputError(space.nothing())
         self.setup_s = time.perf_counter() - started
 
     @property
@@ -260,8 +264,9 @@ class Search:
     def least_memory(self) -> tuple[float, Candidate]:
         """The layout and cut whose fullest rank is least over what it may hold: by how many live bytes, and the candidate.
 
-        Over a space this is a search of its own, by the memory bounds alone."""
-        return _least_memory(self)
+        Over a space this is a search of its own, by memory bounds alone (leastmemory.py)."""
+        found = least_memory(self).best[0]
+        return (found.bytes - self.limit_bytes) / self.bound.reported(found.candidate.row).device[1].slope, found.candidate
 
 
 def chunks_of(ends: Sequence[int], pp: int, v_shape: bool) -> list[list[tuple[int, int]]]:
@@ -406,33 +411,6 @@ class _Run:
 def order_of(x: Layout) -> tuple[Any, ...]:
     """Of layouts that take equally long, the plainer first."""
     return (x.cp, x.etp, x.offload, x.loss == "chunked", x.vpp, SCHEDULES.index(x.schedule), x.replicas, x.tp, x.sp, x.ep, x.pp, x.zero, x.micro_batch)
-
-
-def _least_memory(s: Search) -> tuple[float, Candidate]:
-    x = s.degrees
-    best: tuple[float, Candidate] | None = None
-    p = s.bound.price(x)
-    over = s.bounds.live(x, p) - s.capacity(x)
-    for i in np.argsort(over, kind="stable"):
-        if best is not None and over[i] >= best[0]:
-            break
-        part, origin, _ = s.expand(np.array([i]))
-        if not len(part):
-            continue
-        full = s.finish(part, origin)
-        if not len(full):
-            continue
-        q = s.bound.price(full)
-        least = s.bounds.live(full, q) - s.capacity(full)
-        for j in np.argsort(least, kind="stable"):
-            if best is not None and least[j] >= best[0]:
-                break
-            row = full.take(slice(int(j), int(j) + 1))
-            found, cut = s.stages(row).least_memory()
-            if best is None or found < best[0]:
-                best = (found, s.candidate(row, cut))
-    assert best is not None
-    return best
 
 
 __all__ = ["Candidate", "Choice", "Outcome", "Search", "chunks_of", "order_of", "recompute_of"]

@@ -15,6 +15,7 @@ from meshwright.planner.states import I, S, State, parse
 from meshwright.profiling.graph import Block, ModelGraph
 
 Loss = Literal["vocab_parallel", "plain"]
+Key = tuple[int, tuple[tuple[str, State], ...], tuple[tuple[str, State], ...], frozenset[str]]
 COMBINATIONS = 256  # of the states of values that layers take besides the carry
 
 
@@ -69,13 +70,13 @@ class _Solved:
     carry: State
     inlined: frozenset[str]
     sharded_loss: bool
-    known: dict[tuple[int, tuple[tuple[str, State], ...], tuple[tuple[str, State], ...]], Solution | str] = field(default_factory=dict)
+    known: dict[Key, Solution | str] = field(default_factory=dict)
 
     def best(self, stored: Mapping[str, State]) -> tuple[Solution, ...]:
         """The cheapest states of the values that blocks share besides the carry, and every block solved for them."""
         graph = self.graph
         fixed = {b.outputs[0]: self._carry_out(b) for b in graph.blocks}
-        choices = self._sides(fixed)
+        choices = self._sides(stored, fixed)
         times = Counter(o.block for o in graph.sequence)
         found: tuple[Solution, ...] | None = None
         least, why = (float("inf"), float("inf")), ""
@@ -86,24 +87,31 @@ class _Solved:
             except NotShardable as e:
                 why = why or str(e)
                 continue
-            price = (sum(s.replicated * times[b.id] for b, s in zip(graph.blocks, solved)), sum(s.price[1] * times[b.id] for b, s in zip(graph.blocks, solved)))
+            each = [(s.price, times[b.id]) for b, s in zip(graph.blocks, solved, strict=True)]
+            price = (sum(p[0] * n for p, n in each), sum(p[1] * n for p, n in each))
             if price < least:
                 found, least = solved, price
         if found is None:
             raise NotShardable(why)
         return found
 
-    def _sides(self, fixed: Mapping[str, State]) -> dict[str, list[State]]:
-        """Values besides the carry that one block makes and another takes: the states to try for each. What is made outside the layers
-        and has no gradient (rotary tables) costs nothing whole."""
+    def _sides(self, stored: Mapping[str, State], fixed: Mapping[str, State]) -> dict[str, list[State]]:
+        """Values besides the carry that one block makes and another takes: the states to try for each.
+
+        They are those that a block would choose if the others did not matter. What is made outside the layers and has no gradient
+        (rotary tables) costs nothing whole.
+        """
         makers = {v: b for b in self.graph.blocks for v in b.outputs}
         found: dict[str, list[State]] = {}
         for block in self.graph.blocks:
             for x in block.inputs:
-                if x.role == "carry" or x.source in fixed or x.source not in makers or not (x.requires_grad or makers[x.source].repeated):
-                    continue
-                shards = [S(d) for d, size in enumerate(x.spec.shape) if d != x.spec.batch_dim and size > 1 and size % self.tp == 0]
-                found[x.source] = [I, *shards]
+                if x.role != "carry" and x.source not in fixed and x.source in makers and (x.requires_grad or makers[x.source].repeated):
+                    found[x.source] = [I]
+        for block in self.graph.blocks if found else ():
+            free = frozenset(v for v in found if v in block.outputs or any(x.source == v for x in block.inputs))
+            with contextlib.suppress(NotShardable):
+                for v, s in (self._block(block, stored, fixed, free).sides if free else {}).items():
+                    found[v] += [s] if s not in found[v] else []
         total = 1
         for source, states in found.items():
             total *= len(states)
@@ -114,15 +122,14 @@ class _Solved:
     def _carry_out(self, block: Block) -> State:
         return I if block.id == self.graph.sequence[-1].block else self.carry
 
-    def _block(self, block: Block, stored: Mapping[str, State], sides: Mapping[str, State]) -> Solution:
+    def _block(self, block: Block, stored: Mapping[str, State], sides: Mapping[str, State], free: frozenset[str] = frozenset()) -> Solution:
         own = {v: s for v, s in sides.items() if v in block.outputs[1:] or any(x.source == v and x.role != "carry" for x in block.inputs)}
         held = {n: s for n, s in stored.items() if any(p.name == n for p in block.params)}
-        key = (block.id, tuple(sorted(own.items())), tuple(sorted(held.items())))
+        key = (block.id, tuple(sorted(own.items())), tuple(sorted(held.items())), free)
         if key not in self.known:
+            setting = Setting(self.tp, self.carry, self._carry_out(block), self.inlined, self.sharded_loss, held, own, free=free)
             try:
-                self.known[key] = solve_block(
-                    block, Setting(self.tp, self.carry, self._carry_out(block), self.inlined, self.sharded_loss, held, own)
-                )
+                self.known[key] = solve_block(block, setting)
             except NotShardable as e:
                 self.known[key] = str(e)
         known = self.known[key]

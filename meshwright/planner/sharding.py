@@ -23,23 +23,19 @@ from typing import Any
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.rules import Strategy, packings, strategies
 from meshwright.planner.rules_routed import Region
-from meshwright.planner.sharding_result import NotShardable, Placed, has_gradient, sharded_block
+from meshwright.planner.sharding_prices import PARTS, Prices
+from meshwright.planner.sharding_result import NotShardable, has_gradient, sharded_block
 from meshwright.planner.sharding_sites import Site, Sites, outputs_of
-from meshwright.planner.states import CONVERSIONS, I, R, S, State, convertible, moved
+from meshwright.planner.states import I, R, S, State, convertible
 from meshwright.profiling.blocks import LOSS
 from meshwright.profiling.graph import Block, Op
-
-REPEATED_WORK = 0.01  # bytes of collective that one repeated byte of local traffic is worth
-LATENCY = 0.05  # of the carry's bytes, for each collective: of plans that move the same, the one with fewer
-ENTRY = 0.0002  # of the carry's bytes: of two equal places for a conversion, the module's exit; code around the layers last
-CODE = 0.0008
-PARAMETER_BYTES = 16.0  # parameter, gradient and two moments, in fp32
 
 
 @dataclass(frozen=True)
 class Setting:
     """What shard_block is asked for. `stored`: how parameters are stored (I for replicated); `sides`: in which state values besides
-    the carry pass between blocks, by the name of their source; `memory`: bytes of one rank for `batch` samples."""
+    the carry pass between blocks, by the name of their source (`free`: these in whichever suits); `memory`: bytes of one rank for
+    `batch` samples."""
 
     ranks: int
     carry: State
@@ -50,12 +46,13 @@ class Setting:
     sides: Mapping[str, State] | None = None
     memory: float | None = None
     batch: int = 1
+    free: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Solution:
     """A sharded block and what it was chosen for. `parts` adds up to the second objective, in bytes; `rows` counts constraints by
-    family; `memory` are the bytes of one rank."""
+    family; `memory` are the bytes of one rank; `sides` the states of the values that were free."""
 
     sharded: ShardedBlock
     choice: dict[str, Strategy]
@@ -65,6 +62,7 @@ class Solution:
     memory: float
     variables: Counter[str]
     rows: Counter[str]
+    sides: dict[str, State]
 
     @property
     def price(self) -> tuple[float, float]:
@@ -114,12 +112,13 @@ class _Problem:
             for i, v in enumerate(op.inputs):
                 if not v.startswith(("param:", "buffer:")):
                     self.consumers[v].append((op, i))
-        self.unit = carried_bytes(block)
+        self.prices = Prices(block, self.ranks, self.ways, setting.batch)
         self.sites = Sites(block, self.inlined)
         self.sum = pulp.lpSum
         self.model = pulp.LpProblem("sharding", pulp.LpMinimize)
         self.families: Counter[str] = Counter()
         self.x = {(op.name, k): self._variable(f"x {op.name} {k}", binary=True) for op in block.ops for k in range(len(self.ways[op.name]))}
+        self.freely: dict[tuple[str, State], Any] = {}  # of free values: how much is in which state
         self.leave: dict[tuple[str, State, State], Any] = {}
         self.enter: dict[tuple[str, Site, State, State], Any] = {}
 
@@ -173,33 +172,40 @@ class _Problem:
             self._row(self.sum(self.x[op.name, k] for k in range(len(self.ways[op.name]))) == 1, "one_way", op.name)
         for v in self._values():
             self._flow(v)
-        for uses in self._shared_params():
+        for uses in self.prices.uses.values():
             self._tie(uses)
-        first = self.sum(self._replicated_bytes(n, k) * var for (n, k), var in self.x.items())
-        priced = list(self._priced())
+        converted: list[tuple[str, State, State, Site | None, Any]] = [(v, s, t, None, var) for (v, s, t), var in self.leave.items() if s != t]
+        converted += [(v, s, t, site, var) for (v, site, s, t), var in self.enter.items() if s != t]
+        priced = [(part, price, var) for v, s, t, site, var in converted for part, price in self.prices.conversion(v, s, t, site)]
+        priced += [(*self.prices.work(n, k), var) for (n, k), var in self.x.items()]
+        first = self.sum(self.prices.replicated(n, k) * var for (n, k), var in self.x.items())
         then = self.sum(price * var for _, price, var in priced)
-        memory = self.sum([self._held(n, k) * var for (n, k), var in self.x.items()] + [self._copied(v) * var for v, var in self._gathers()])
-        memory += self._unread()
-        solver, scale = pulp.HiGHS(msg=False, gapRel=0.0), max(self._scale(), 1.0)
+        held = [self.prices.held(n, k) * var for (n, k), var in self.x.items()]
+        memory = self.sum(held + [self.prices.copied(v, s, t) * var for v, s, t, _, var in converted]) + self.prices.unread
+        solver, scale = pulp.HiGHS(msg=False, gapRel=0.0), max(self.prices.scale, 1.0)
         if self.setting.memory is not None:
             self._row(memory * (1 / scale) <= self.setting.memory / scale, "memory")
         if not self._run(first / scale, solver):
             raise NotShardable(self._infeasible(memory, scale, solver))
         best = pulp.value(first) or 0.0
-        self._row(first <= best + 1e-6 * max(best, 1.0), "weights_sharded")
-        if not self._run(then / self.unit, solver):
+        self._row(first * (1 / scale) <= best / scale + 1e-7, "weights_sharded")
+        if not self._run(then / self.prices.unit, solver):
             raise NotShardable("no combination of its ops' sharding rules fits together")
         choice = {op.name: self.ways[op.name][self._chosen(op)] for op in self.block.ops}
-        placed = [(v, s, t, self.sites.exit(v), self._moved(v, s, t)) for (v, s, t), var in self.leave.items() if _on(var) and s != t]
-        placed += [(v, s, t, site, self._moved(v, s, t)) for (v, site, s, t), var in self.enter.items() if _on(var) and s != t]
-        parts: dict[str, float] = dict.fromkeys(("collectives", "places", "repeated work"), 0.0)
+        placed = []
+        for v, s, t, at, var in converted:
+            site = at or self.sites.exit(v)
+            if _on(var) and site is not None:
+                placed.append((v, s, t, site, self.prices.moved(v, s, t)))
+        parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for part, price, var in priced:
             parts[part] += price * (var.value() or 0.0)
-        places: list[Placed] = [(v, s, t, site) for v, s, t, site, _ in placed if site is not None]
-        sharded = sharded_block(self.block, self.ranks, (self.setting.carry, self.setting.carry_out), self._entering(), choice, places)
+        carries = (self.setting.carry, self.setting.carry_out)
         return Solution(
-            sharded, choice, [(v, s, t, site, b) for v, s, t, site, b in placed if site is not None], best, parts, float(pulp.value(memory) or 0.0),
+            sharded_block(self.block, self.ranks, carries, self._entering(), choice, [x[:4] for x in placed]), choice, placed,
+            best, parts, float(pulp.value(memory) or 0.0),
             Counter({"x": len(self.x), "u": len(self.leave), "w": len(self.enter)}), self.families,
+            {source: state for (source, state), amount in self.freely.items() if (pulp.value(amount) or 0.0) > 0.5},
         )  # fmt: skip
 
     def _run(self, objective: Any, solver: Any) -> bool:
@@ -234,6 +240,10 @@ class _Problem:
                 self._row(self.sum(self.leave[v, s, t] for t in targets) == amount, "leaves", v, s)
             left = {t: self.sum(terms) for t, terms in leaving.items()}
         self._consume(v, made, left, exit_site)
+        if final and v in self.setting.free:
+            self._row(self.sum(left[s] for s in left if s in final) == 1, "final", v, "free")
+            self.freely |= {(v, s): left[s] for s in left if s in final}
+            return
         for s in final:
             if s not in left:  # no module whose result could be converted
                 raise NotShardable(f"{v} cannot leave its block as {s}")
@@ -281,7 +291,13 @@ class _Problem:
     def _made(self, v: str) -> dict[State, Any]:
         """State -> amount in which a value is made: by its op's strategy, or as it enters the block."""
         if v.startswith("in:"):
-            return {self._entering()[v]: 1}
+            x = self.block.inputs[int(v[3:])]
+            if x.role == "carry" or x.source not in self.setting.free:
+                return {self._entering()[v]: 1}
+            enters = {s: self._variable(f"y {v} {s}") for s in self._whole_or_split(v)}
+            self._row(self.sum(enters.values()) == 1, "enters", v)
+            self.freely |= {(x.source, s): amount for s, amount in enters.items()}
+            return enters
         name, _, index = v.partition(":")
         made: dict[State, list[Any]] = defaultdict(list)
         for k, way in enumerate(self.ways[name]):
@@ -295,7 +311,12 @@ class _Problem:
         """States that a value must leave the block in: the carry as `carry_out`, anything else as `sides` says."""
         if v not in self.block.outputs:
             return []
+        if v != self.block.outputs[0] and v in self.setting.free:
+            return self._whole_or_split(v)
         return [self.setting.carry_out if v == self.block.outputs[0] else (self.setting.sides or {}).get(v, I)]
+
+    def _whole_or_split(self, v: str) -> list[State]:
+        return [I, *(s for s in map(S, range(len(self.block.spec_of(v).shape))) if self._splits(v, s))]
 
     def _convertible(self, v: str, s: State, t: State) -> bool:
         return s == t or (convertible(s, t) and all(not state.sharded or self._splits(v, state) for state in (s, t)))
@@ -306,17 +327,6 @@ class _Problem:
 
     def _chosen(self, op: Op) -> int:
         return max(range(len(self.ways[op.name])), key=lambda k: self.x[op.name, k].value() or 0.0)
-
-    def _shared_params(self) -> list[list[tuple[Op, int]]]:
-        return [u for u in self._uses().values() if len(u) > 1]
-
-    def _uses(self) -> dict[str, list[tuple[Op, int]]]:
-        uses: dict[str, list[tuple[Op, int]]] = defaultdict(list)
-        for op in self.block.ops:
-            for i, v in enumerate(op.inputs):
-                if v.startswith("param:"):
-                    uses[v].append((op, i))
-        return uses
 
     def _tie(self, uses: list[tuple[Op, int]]) -> None:
         """One parameter, one stored state: every op that uses it stores it the same way, and in one module uses it the same way."""
@@ -335,83 +345,6 @@ class _Problem:
             for s in sorted({*mine, *theirs}):
                 name = a[0].inputs[a[1]].removeprefix("param:")
                 self._row(self.sum(mine.get(s, [])) == self.sum(theirs.get(s, [])), "tied", name, a[0].name, a[1], b[0].name, b[1], s)
-
-    # -- prices
-
-    def _priced(self) -> Iterator[tuple[str, float, Any]]:
-        """Terms of the second objective: which part, the price in bytes, the variable."""
-        for (v, s, t), var in self.leave.items():
-            if s != t:
-                yield "collectives", self._moved(v, s, t), var
-        for (v, site, s, t), var in self.enter.items():
-            if s != t:
-                yield "collectives", self._moved(v, s, t), var
-                yield "places", self.unit * (ENTRY * (1 + 0.05 * site.module.count(".")) if site.module else CODE), var
-        for (n, k), var in self.x.items():
-            yield "repeated work", self._repeated(n, k), var
-
-    def _replicated_bytes(self, name: str, k: int) -> float:
-        """Bytes of matrices that this way leaves replicated."""
-        op = self.block.by_name[name]
-        return float(sum(
-            self.block.spec_of(v).nbytes
-            for v, s in zip(op.inputs, self.ways[name][k].ins, strict=True)
-            if v.startswith("param:") and not s.sharded and len(self.block.spec_of(v).shape) > 1
-        ))  # fmt: skip
-
-    def _moved(self, v: str, s: State, t: State) -> float:
-        spec = self.block.spec_of(v)
-        forward, backward = CONVERSIONS[s.kind, t.kind]
-        if not has_gradient(self.block, v):
-            share = moved(s, t, self.ranks, backward=False)
-            return spec.nbytes * share + LATENCY * self.unit * (forward is not None)
-        return spec.nbytes * moved(s, t, self.ranks) + LATENCY * self.unit * ((forward is not None) + (backward is not None))
-
-    def _repeated(self, name: str, k: int) -> float:
-        op, way = self.block.by_name[name], self.ways[name][k]
-        if way.divided or op.kind in ("view", "constant"):
-            packed = sum(s.pieces - 1 for s in (*way.ins, *way.outs))
-            return 0.1 * LATENCY * self.unit * packed  # of equal plans the one with plain shards
-        return REPEATED_WORK * (op.forward.bytes.at(1) + op.backward.bytes.at(1)) * (1 - 1 / self.ranks)
-
-    def _scale(self) -> float:
-        return sum(self.block.spec_of(f"param:{p.name}").nbytes for p in self.block.params) + self.block.spec_of(self.block.outputs[0]).nbytes
-
-    # -- memory
-
-    def _held(self, name: str, k: int) -> float:
-        """Bytes of one rank that this way of an op needs: the parameters that it is the first to read, and what it saves."""
-        op, way = self.block.by_name[name], self.ways[name][k]
-        total = 0.0
-        for i, (v, s) in enumerate(zip(op.inputs, way.ins, strict=True)):
-            if v.startswith("param:") and self._first_use[v] == (name, i):
-                total += PARAMETER_BYTES * self.block.param(v[6:]).numel / (self.ranks if s.sharded else 1)
-        local = way.outs[0].sharded or (op.kind == "cross_entropy" and way.divided)
-        return total + op.saved.at(self.setting.batch) / (self.ranks if local else 1)
-
-    @property
-    def _first_use(self) -> dict[str, tuple[str, int]]:
-        return {v: (uses[0][0].name, uses[0][1]) for v, uses in self._uses().items()}
-
-    def _unread(self) -> float:
-        read = self._uses()
-        return PARAMETER_BYTES * sum(p.numel for p in self.block.params if f"param:{p.name}" not in read)
-
-    def _gathers(self) -> Iterator[tuple[str, Any]]:
-        yield from ((v, var) for (v, s, t), var in self.leave.items() if s.sharded and not t.sharded)
-        yield from ((v, var) for (v, _, s, t), var in self.enter.items() if s.sharded and not t.sharded)
-
-    def _copied(self, v: str) -> float:
-        """What a gather of a value that is saved adds: its consumers keep all of it."""
-        op = self.block.by_name.get(v.partition(":")[0])
-        saved = op.saved.at(self.setting.batch) if op is not None else 0.0
-        return saved * (1 - 1 / self.ranks)
-
-
-def carried_bytes(block: Block) -> float:
-    """Bytes of what enters or leaves the block for one sample: what its collectives are compared with."""
-    carries = [f"in:{i}" for i, x in enumerate(block.inputs) if x.role == "carry"]
-    return float(max(block.spec_of(v).nbytes for v in (*block.outputs, *carries)))
 
 
 def _on(var: Any) -> bool:

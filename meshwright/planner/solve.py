@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -149,6 +150,55 @@ def plan(
         return _infeasible(search, outcome, limit_bytes)
     say("explaining")
     return _assemble(search, outcome, limit_bytes)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a plan is asked for, checked and traced. `limit` as parse_limit takes it, of any cluster that is tried; blocks are sharded once."""
+
+    graph: ModelGraph
+    cluster: Cluster
+    workload: Workload
+    limit: str = "95%"
+    fixed: dict[str, Any] = field(default_factory=dict)
+    costs: CostModel | None = None
+    runnable: bool = False
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def limit_bytes(self, cluster: Cluster | None = None) -> float:
+        """Bytes that a rank may use, of this cluster or another."""
+        return parse_limit(self.limit, (cluster or self.cluster).device.memory_bytes)
+
+    def search(self, cluster: Cluster | None = None) -> Search:
+        """The search of this cluster or another for the same model. Raises InputError where there is no layout."""
+        space = Space(self.graph, cluster or self.cluster, self.workload, self.fixed, self.costs, self.runnable, known=self.known)
+        return Search(space, self.limit_bytes(cluster))
+
+
+def prepare(
+    model: str | ModelGraph, cluster: str | Cluster, *, global_batch: int, seq: int, precision: str | None = None, optimizer: str = "adamw",
+    sample: str | None = None, limit: str = "95%", fix: dict[str, Any] | None = None, costs: str | CostModel | None = "auto",
+    runnable: bool = False, progress: Progress | None = None,
+) -> Inputs:  # fmt: skip
+    """Checks and traces what plan() is given. Raises InputError for bad input."""
+    say = progress or (lambda _: None)
+    for name, value in (("global batch", global_batch), ("sequence length", seq)):
+        if not 1 <= value <= MOST:
+            raise InputError(f"the {name} must be at least 1, not {value}" if value < 1 else f"the {name} is at most {MOST:,}")
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"optimizer {optimizer!r} is not known: it is one of {', '.join(OPTIMIZERS)}")
+    where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
+    precision = precision or ("fp32" if where.device.kind == "cpu" else "bf16")
+    if isinstance(model, str):
+        say(f"tracing {model}")
+        model = trace(model, seq=seq, precision=precision, sample=sample)
+    if not model.numel:
+        raise InputError(f"{model.name} has no parameters: there is nothing to train")
+    if (model.seq, model.precision) != (seq, precision):
+        raise InputError(f"the model was traced at sequence {model.seq} in {model.precision}, not at {seq} in {precision}")
+    parse_limit(limit, where.device.memory_bytes)
+    workload = Workload(global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
+    return Inputs(model, where, workload, limit, dict(fix or {}), cost_model(costs, where), runnable)
 
 
 def plan_of(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, costs: CostModel | None = None) -> tuple[Search, Plan]:

@@ -205,13 +205,14 @@ class Space:
         """Every choice of degrees; `zero` and `schedule` are FREE. Raises InputError, with the reason that excluded most, if none is."""
         rows = list(self._degree_rows())
         if not rows:
-            raise InputError(self._nothing())
+            raise InputError(self.nothing())
         c = np.array(rows, np.int64).T
         batch = self.workload.global_batch
-        # without a choice of loss the cheaper one stands for it
+        # a plain loss is the cheapest, and stands for those that are not chosen
         return Layouts.of(
             tp=c[0], sp=c[1], cp=c[2], ulysses=c[3], pp=c[4], dp=c[5], ep=c[6], etp=c[7], micro_batch=c[8], microbatches=batch // (c[5] * c[8]),
-            zero=np.full(len(rows), FREE), schedule=np.where(c[4] > 1, FREE, 0),
+            zero=np.full(len(rows), FREE), schedule=np.where(c[4] > 1, FREE, 0), state=STATE_DTYPES.index(self.fixed.get("state_dtype", "fp32")),
+            offload=FREE,
         )  # fmt: skip
 
     def _degree_rows(self) -> Iterator[tuple[int, ...]]:
@@ -342,7 +343,8 @@ class Space:
                         )})  # fmt: skip
                         yield layout_of(full, 0)
 
-    def _nothing(self) -> str:
+    def nothing(self) -> str:
+        """Why the space is empty."""
         w, n = self.workload, self.cluster.size
         reasons = [r for r, _ in self.skipped.most_common()]
         wanted = ", ".join(f"{k}={v}" for k, v in self.fixed.items())

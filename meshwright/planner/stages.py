@@ -27,10 +27,11 @@ MODES = ("none", "selective", "full")  # in the order of costmodel.step.RECOMPUT
 NONE, SELECTIVE, FULL = range(3)
 SAME = 1e-12  # steps that differ by less, relatively, are one
 MOST = 4_000_000  # peaks worked out at once
+MANY = 200  # choices from which on it pays to rule some out by a bound first
 AT_ONCE = 12  # numbers of layers of one thing that are tried at once, from the cheapest on
 
 Chunks = tuple[tuple[int, int], ...]  # layers [first, last) of the parts that a rank holds, in the model's order
-Lengths = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # least and most layers of the first stage, of those between, of the last
+Lengths = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # least and most layers: the first stage, those between, the last
 
 
 @dataclass(frozen=True, order=True)
@@ -119,6 +120,7 @@ class _Alike:
         self._all = [kinds]  # by length - 1, of every start
         self._middle: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._near: dict[int, np.ndarray] = {}
+        self.stands: dict[int, int] = {}  # which of `together` a border is in
 
     def middle(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """For length n: a start of each class of intervals, and the class of each start in 1 .. layers - 1 - n."""
@@ -153,16 +155,33 @@ class _Alike:
                 self._near[n] = np.array(rows)
         return self._near[n]
 
-
     @cached_property
     def borders(self) -> np.ndarray:
-        """[layers] for a border below each layer but the first, the first border with equal layers on both sides."""
+        """[layers] for a border below each layer but the first, one with equal layers on both sides, as near to the middle as there is."""
         n = len(self.kinds)
         key = np.empty(n, int)
         key[1:] = self.kinds[:-1] * (n + 1) + self.kinds[1:]
         key[0], key[1 : 2 if n > 2 else 1], key[n - 1 :] = -1, -2, -3  # those at the ends are alone
-        _, first, of = np.unique(key, return_index=True, return_inverse=True)
-        return np.asarray(first[of])
+        order = np.argsort(np.abs(np.arange(n) - n // 2), kind="stable")
+        _, first, of = np.unique(key[order], return_index=True, return_inverse=True)
+        found = np.empty(n, int)
+        found[order] = order[first[of]]
+        return found
+
+    @cached_property
+    def together(self) -> list[np.ndarray]:
+        """Modes of the layers in which every border of `borders` stands once, so far from the next that no layer is beside two."""
+        found: list[np.ndarray] = []
+        last: list[int] = []
+        for border in np.unique(self.borders[1:]).tolist():
+            i = next((i for i, other in enumerate(last) if border - other >= 4), len(found))
+            if i == len(found):
+                found.append(np.full(len(self.kinds), NONE))
+                last.append(border)
+            found[i][max(border - 2, 0) : border] = FULL
+            last[i] = border
+            self.stands[border] = i
+        return found
 
 
 @lru_cache(maxsize=64)
@@ -213,6 +232,13 @@ class _Bank:
         """Where the blocks begin of which layers below `at` are recomputed in full and the others not."""
         return self._add((FULL, at), np.where(np.arange(self.p.layers) < at, FULL, NONE))
 
+    def border_like(self, at: int) -> tuple[int, int]:
+        """Where the blocks begin that hold a border with equal layers on both sides, and where in them it is."""
+        other = int(self.alike.borders[at])
+        modes = self.alike.together
+        which = self.alike.stands[other]
+        return self._add((-1, which), modes[which]), other
+
     def blocks(self, first: int, last: int) -> tuple[int, int]:
         """Blocks [begin, end) of layers [first, last), with all that stands before the layers or behind them."""
         return int(self.at[first]) if first else 0, int(self.at[last - 1]) + 1 if last < self.p.layers else self.n
@@ -223,11 +249,11 @@ class _Bank:
             return [self.uniform(mode) + np.arange(begin, end)]
         if not like:
             return [self.border(border) + np.arange(begin, end)]
-        other = int(self.alike.borders[border])
+        blocks, other = self.border_like(border)
         low, high = int(self.at[border - 1]), int(self.at[border])
         return [
             self.uniform(FULL) + np.arange(begin, low),
-            self.border(other) + np.arange(self.at[other - 1], self.at[other] + 1),
+            blocks + np.arange(self.at[other - 1], self.at[other] + 1),
             self.uniform(NONE) + np.arange(high + 1, end),
         ]
 
@@ -239,7 +265,7 @@ class _Bank:
         """The least that each block has under none, under full or beside a border between them; and what layers keep more than that
         at least under none and under full, summed from the model's start: [2, layers + 1]."""
         off, full, borders = self.uniform(NONE), self.uniform(FULL), self.alike.borders
-        start = np.array([self.border(int(b)) for b in borders[1:]], int)
+        start = np.array([self.border_like(b)[0] for b in range(1, self.p.layers)], int)
         rows = [x + np.arange(self.n) for x in (off, off, full, full)]
         rows[1][self.at[1:]] = start + self.at[borders[1:]]  # the layer behind a border
         rows[3][self.at[:-1]] = start + self.at[borders[1:] - 1]  # the layer before it
@@ -296,7 +322,7 @@ class _Table:
     n: np.ndarray  # [intervals] layers
     group: np.ndarray  # [intervals] 0 for the first stage, 1 for those between, 2 for the last
     lengths: Lengths  # least and most layers of each group
-    where: np.ndarray  # [lengths of group 1, layers + 1] interval of each length and start; the last, which costs infinity, where there is none
+    where: np.ndarray  # [lengths of group 1, layers + 1] interval of each length and start; where there is none, the last
     then: np.ndarray  # [lengths of group 1, layers + 1] where it ends, or the model
     e: np.ndarray  # [pp, intervals + 1]
 
@@ -408,7 +434,8 @@ class Stages:
         found = []
         for r, choice in enumerate(choices):
             chunks, types = self.chunks(ends, r), self.types[r : r + 1]
-            found.append(StageCost(float(self._seconds(chunks, choice, types)[0]), float(self._once(chunks, types)[0]), float(live[r]), choice))
+            c, e = self._seconds(chunks, choice, types)[0], self._once(chunks, types)[0]
+            found.append(StageCost(float(c), float(e), float(live[r]), choice))
         return tuple(found)
 
     def step(self, costs: Sequence[StageCost]) -> float:
@@ -430,7 +457,9 @@ class Stages:
         costs = self._costs(ends, choices, [live for _, live in picked])
         return Cut(self.step(costs), ends, choices, costs)
 
-    def _least_cut(self, ends: tuple[int, ...], options: Sequence[_Options], things: Sequence[int] | np.ndarray, over: float) -> tuple[float, Cut]:
+    def _least_cut(
+        self, ends: tuple[int, ...], options: Sequence[_Options], things: Sequence[int] | np.ndarray, over: float
+    ) -> tuple[float, Cut]:
         """The cut with each rank's cheapest choice that is at most `over` bytes above its capacity; and by how much the fullest is."""
         above = [replace(o, live=o.live - self.capacity[:, None]) for o in options]
         choices = tuple(_cheapest(above, int(thing), r, over)[0] for r, thing in enumerate(things))
@@ -442,7 +471,7 @@ class Stages:
 
     def best(self, cutoff: float = np.inf) -> Cut | None:
         """The cheapest cut that fits and takes less than `cutoff` seconds; None if there is none. Of equal ones that with the smaller ends,
-        in order, then with less recompute."""
+        in order; each rank with its cheapest choice that fits, of equal ones that with less recompute."""
         if self.p.layers < self.p.pp * self.p.vpp:
             return None
         found = _Spread(self).best(cutoff) if self.p.vpp > 1 or self.p.pp == 1 else _Contiguous(self).best(cutoff)
@@ -485,14 +514,15 @@ class _Spread:
         c = np.stack([s._seconds(*x, s.types) for x in held], axis=1)
         memory = s._memory(held, like=True)
         live = memory.live_at(*s._placed(memory, [x for x, _ in held]), self.ranks[:, None])
-        return _Options(np.array([i for i, _ in wanted]), np.array([x.mode for _, x in wanted]), np.array([x.layers for _, x in wanted]), c, live)
+        of, mode, layers = np.array([(i, x.mode, x.layers) for i, x in wanted]).T
+        return _Options(of, mode, layers, c, live)
 
     def uniform(self) -> _Options:
         return self.options([(i, Choice(m, int(n) if m else 0)) for i, n in enumerate(self.size) for m in self.s.modes])
 
     def some(self, below: np.ndarray, limit: np.ndarray, all_: bool = False) -> list[_Options]:
-        """Full recompute of the first layers of things, where that costs no more than `below` [pp, things], where a thing might hold no more
-        than `limit` [pp] and, but for `all_`, until the cheapest that does is found."""
+        """Full recompute of the first layers of things, where that costs no more than `below` [pp, things], where a thing might hold no
+        more than `limit` [pp] and, but for `all_`, until the cheapest that does is found."""
         found = list[_Options]()
         left = [self.light(i, below[:, i], limit) for i in range(len(self.things))]
         while any(len(k) for k, _ in left):
@@ -528,7 +558,7 @@ class _Spread:
         c = s.p.c[s.types][:, :, layers]
         seconds = first(c[:, FULL], c[:, NONE]) + s._outside(chunks, 0, s.types)[:, None]
         kept = np.diff(more)[:, layers]
-        held = self.least[:, thing, None] + memory.flying(self.ranks)[:, None] * first(kept[:1], kept[1:]) - kept[1, -1]
+        held = self.least[:, thing, None] + memory.flying(self.ranks)[:, None] * first(kept[1:], kept[:1]) - kept[0, -1]
         worth = np.flatnonzero(((seconds <= below[:, None] * (1 + SAME)) & (held <= limit[:, None])).any(axis=0))
         worth = worth[np.argsort(seconds[:, worth].min(axis=0), kind="stable")]
         return worth + 1, seconds[:, worth]
@@ -549,7 +579,8 @@ class _Spread:
         c = options[0].fitting(s.capacity, n)
         step = self.steps(c)
         if s.partial:
-            free = np.stack([s.p.c[s.types].min(axis=1)[:, [j for a, b in x for j in range(a, b)]].sum(axis=1) for x in self.things], axis=1)
+            layers = [np.concatenate([np.arange(a, b) for a, b in x]) for x in self.things]
+            free = np.stack([s.p.c[s.types].min(axis=1)[:, x].sum(axis=1) for x in layers], axis=1)
             free = free + np.stack([s._outside(x, 0, s.types) for x in self.things], axis=1)
             open_ = self.steps(np.minimum(free, c)) <= min(float(step.min()), cutoff) * (1 + SAME)
             held = np.zeros(c.shape, bool)
@@ -707,15 +738,15 @@ class _Contiguous:
         return begin, np.where(t.group[of] == 2, bank.n, bank.at[a + t.n[of] - 1] + 1)
 
     def some(self, t: _Table, below: np.ndarray, limit: np.ndarray, cap: float = np.inf) -> _Options | None:
-        """Full recompute of the first layers only, where it costs no more than `below` [pp, intervals] and no more than `cap`, and where the
-        interval can hold no more than `limit` [pp] as some stage; None if that is nowhere."""
+        """Full recompute of the first layers only, where it costs no more than `below` [pp, intervals] and no more than `cap`, and where
+        the interval can hold no more than `limit` [pp] as some stage; None if that is nowhere."""
         many = t.n - 1
         of = np.repeat(np.arange(len(t.a)), many)
         k = np.arange(len(of)) - np.repeat(np.cumsum(many) - many, many) + 1
         c = self.seconds(t, of, np.full(len(of), FULL), k)
         wanted = (np.isfinite(c) & (c <= below[:, of] * (1 + SAME)) & (c <= cap)).any(axis=0)
         of, k = of[wanted], k[wanted]
-        if len(of) > 200:
+        if len(of) > MANY:
             wanted = self.light(t, of, k, limit)
             of, k = of[wanted], k[wanted]
         if not len(of):
@@ -731,7 +762,8 @@ class _Contiguous:
         border, starts = np.unique((a + k)[order], return_index=True)
         low = np.minimum.reduceat(begin[order], starts)
         high = np.maximum.reduceat(end[order], starts)
-        index = [x for b, i, j in zip(border.tolist(), low.tolist(), high.tolist(), strict=True) for x in self.s._bank.pick(i, j, FULL, b, True)]
+        spans = zip(low.tolist(), high.tolist(), border.tolist(), strict=True)
+        index = [x for i, j, b in spans for x in self.s._bank.pick(i, j, FULL, b, True)]
         offset = np.cumsum(high - low) - high
         at = np.repeat(offset, np.diff(np.append(starts, len(order))))
         found = self.options(t, of[order], np.full(len(of), FULL), k[order], index, begin[order] + at, end[order] + at)
@@ -748,8 +780,8 @@ class _Contiguous:
         room = limit[:, None] - least.least_at(begin, end, place, ranks)
         room = np.where(self.group[:, None] == t.group, room, -np.inf)
         a, end = t.a[of], (t.a + t.n)[of]
-        kept = more[0, a + k] - more[0, a] + more[1, end] - more[1, a + k]
-        last = more[1, end] - more[1, end - 1]
+        kept = more[1, a + k] - more[1, a] + more[0, end] - more[0, a + k]
+        last = more[0, end] - more[0, end - 1]
         return np.asarray((least.flying(ranks) * kept - last <= room[:, of]).any(axis=0))
 
     def narrow(self, t: _Table, options: _Options, lengths: Lengths) -> tuple[_Table, _Options]:
@@ -852,7 +884,8 @@ class _Contiguous:
             return None
         cost = masked(closed[:, 1], closed[:, 3])
         swept = self.sweep(t, cost, np.add)
-        cuts = [self.trace(t, swept, i, cost[i], np.add, least + SAME * abs(bound)) for i, least in enumerate(swept[0].min(axis=1).tolist())]
+        most = (swept[0].min(axis=1) + SAME * abs(bound)).tolist()
+        cuts = [self.trace(t, swept, i, cost[i], np.add, x) for i, x in enumerate(most)]
         return min(cuts, key=lambda things: np.cumsum(t.n[things]).tolist())
 
     def split(self, box: np.ndarray, sums: np.ndarray, cs: np.ndarray, es: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -862,7 +895,8 @@ class _Contiguous:
         for (i0, i1, j0, j1), of_box in zip(box.tolist(), sums.tolist(), strict=True):
             across = cs[i1] - cs[i0] >= es[j1] - es[j0]
             low, high = (i0, i1) if across else (j0, j1)
-            ends = np.unique(np.append(low, np.linspace(low, high, pieces + 1)[1:].astype(int))).tolist()  # the least alone: it is often the best
+            # the least alone: it is often the best
+            ends = np.unique(np.append(low, np.linspace(low, high, pieces + 1)[1:].astype(int))).tolist()
             for a, b in zip([low, *(x + 1 for x in ends)], ends):
                 found.append([a, b, j0, j1] if across else [i0, i1, a, b])
                 known.append(of_box if b == high else np.nan)

@@ -7,7 +7,7 @@ from typing import Any
 
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.plan import LayerSharding, Layout, ModuleSharding, StageProgram
-from meshwright.planner.rules import RESHAPES
+from meshwright.planner.rules_views import RESHAPES
 from meshwright.planner.shardedmodel import inlined_modules
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.states import parse

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from meshwright.profiling.errors import InputError
 
@@ -111,7 +111,8 @@ class Group(_Model):
 
 
 class Cluster(_Model):
-    """Nodes of devices with links. `bandwidth_Bps`, if given, is the measured bandwidth of every ordered pair of devices."""
+    """Nodes of devices with links. `bandwidth_Bps`, if given, is the measured bandwidth of every ordered pair of devices: row i, column
+    j is what i sends to j. The two directions of a pair may differ, and each is used as given. The diagonal is not read."""
 
     name: str = "cluster"
     nodes: Annotated[tuple[Node, ...], Field(min_length=1)]
@@ -119,14 +120,21 @@ class Cluster(_Model):
     host: Host | None = None
     bandwidth_Bps: tuple[tuple[float, ...], ...] | None = None
 
+    @field_validator("bandwidth_Bps", mode="before")
+    @classmethod
+    def _links_are_positive(cls, value: Any) -> Any:
+        for i, row in enumerate(value if isinstance(value, list | tuple) else ()):
+            for j, b in enumerate(row if isinstance(row, list | tuple) else ()):
+                if i != j and isinstance(b, int | float) and not 0 < b < float("inf"):
+                    raise ValueError(f"row {i}, column {j} (what device {i} sends to device {j}) must be a positive number of bytes/s, not {b}")
+        return value
+
     @model_validator(mode="after")
     def _matrix_is_square(self) -> Cluster:
         if self.bandwidth_Bps is not None:
             n = self.size
             if len(self.bandwidth_Bps) != n or any(len(row) != n for row in self.bandwidth_Bps):
                 raise ValueError(f"bandwidth_Bps must be {n} rows of {n} numbers, one per device")
-            if not all(0 < b < float("inf") for i, row in enumerate(self.bandwidth_Bps) for j, b in enumerate(row) if i != j):
-                raise ValueError("bandwidth_Bps must be positive off the diagonal")
         return self
 
     @cached_property

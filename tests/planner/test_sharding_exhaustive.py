@@ -177,7 +177,8 @@ class Enumeration:
         return self.block.inputs[int(v[3:])].requires_grad if v.startswith("in:") else True
 
     def _plain(self, op: Op, way: Strategy) -> Strategy:
-        return Strategy(tuple(I if s.kind == "R" and not self.grads(v) else s for v, s in zip(op.inputs, way.ins, strict=True)), way.outs, way.divided)
+        ins = (I if s.kind == "R" and not self.grads(v) else s for v, s in zip(op.inputs, way.ins, strict=True))
+        return Strategy(tuple(ins), way.outs, way.divided)
 
     # where values can change
 
@@ -291,7 +292,7 @@ class Enumeration:
         return (*best, seen)
 
     def enters(self, v: str) -> State:
-        return self.setting.carry if v == "in:0" else I
+        return self.setting.carry if v == "in:0" else (self.setting.sides or {}).get("side", I)
 
     def tied(self, op: Op, way: Strategy, chosen: dict[str, Strategy]) -> bool:
         """One parameter is stored one way, and used one way in one module."""
@@ -338,7 +339,7 @@ def cases() -> list[tuple[int, Block, Setting]]:
         carry = rng.choice([I, S(1)])
         out = block.spec_of(block.outputs[0]).shape
         leaves = carry if carry == I or out[1] % 4 == 0 else I
-        found.append((seed, block, Setting(rng.choice([2, 2, 4]), carry, leaves, inlined)))
+        found.append((seed, block, Setting(rng.choice([2, 2, 4]), carry, leaves, inlined, sides={"side": rng.choice([I, S(1)])})))
     return found
 
 
@@ -359,7 +360,10 @@ def test_the_optimum_is_that_of_exhaustive_enumeration() -> None:
         solved += 1
         converted += bool(solution.sharded.conversions)
         nested += any("." in c.module for c in block.calls)
-        tied += len({v for op in block.ops for v in op.inputs if v.startswith("param:")}) < sum(v.startswith("param:") for op in block.ops for v in op.inputs)
+        read = [v for op in block.ops for v in op.inputs if v.startswith("param:")]
+        tied += len(set(read)) < len(read)
     assert solved + infeasible == GRAPHS
     # the graphs have what they are meant to have
-    assert solved > 200 and converted > 150 and nested > 50 and tied > 20 and looked > 20_000, (solved, converted, nested, tied, looked)
+    made = {"solved": solved, "converted": converted, "nested": nested, "tied": tied, "looked": looked}
+    least_made = {"solved": 200, "converted": 150, "nested": 50, "tied": 20, "looked": 20_000}
+    assert all(made[k] >= n for k, n in least_made.items()), made
