@@ -1,6 +1,6 @@
 """What the planner's choice would have cost: published jobs that were measured in several layouts, and jobs that were tuned by hand.
 
-    python benchmarks/regret.py --runs runs.csv [--where split=calib] [--held-out] [--json PATH]
+    python benchmarks/regret.py --runs runs.csv [--where split=calib] [--json PATH]
     python benchmarks/regret.py --runs runs.csv --tuned megatron-sc21,megatron-bridge,torchtitan
 
 A group is the runs that share source, software and release, model and its dimensions, GPU and its links, number of GPUs, sequence,
@@ -9,15 +9,16 @@ is planned from nothing (the traced model, the cluster, the batch), the plan is 
 layout's published time over the group's best, minus 1.
 
 Nearest, by the sum of: |log2| of the ratios of tp, cp, pp, ep, dp, vpp, microbatch and copies of the state (HSDP); the difference of the
-ZeRO stages; of the recompute (none 0, selective 1, full 2, mean of the layers); 1 where the schedules differ (1F1B and interleaved differ by
-vpp alone; the space has ZB-1p, but no ZB-2p); 1 for stages that were not balanced, since a plan's are. Of layouts equally near the
-slowest counts.
+ZeRO stages; of the recompute (none 0, selective 1, full 2, mean of the layers); 1 where the schedules differ (1F1B and interleaved
+differ by vpp alone; the space has ZB-1p, but no ZB-2p); 1 for stages that were not balanced, since a plan's are. Of layouts equally
+near the slowest counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -34,7 +35,6 @@ from rich.table import Table
 
 from meshwright.costmodel import constants
 from meshwright.costmodel.features import features
-from meshwright.costmodel.fitting import leave_one_out
 from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.costmodel.rowmodel import Dims, config_of
 from meshwright.costmodel.runs import Run, parse_all, read_rows
@@ -63,11 +63,16 @@ ENGINE = ("cp", "sp", "zero", "schedule")
 COMMON = ("tp", "sp", "cp", "pp", "vpp", "dp", "zero", "replicas", "ep", "etp", "micro_batch", "schedule", "recompute")
 WAYS = {
     "own": "the planner's own choice, mapped to the nearest timed layout (the acceptance line)",
-    "engine": "the same, among what the source's engine was used with: cp, sp, ZeRO stage and schedule held where all its runs agree",
+    "engine": "the same, with cp, sp, ZeRO stage and schedule held where all runs of the group agree: what its engine was used with",
     "asked": "the same, with every part of the layout held that all runs of the group have in common",
     "timed": "the planner's cost model choosing among the timed layouts only",
-    "runs": "the step model of runs (predict --runs) choosing among the timed layouts only",
+    "runs": "the step model of runs (predict --runs, fitted to these among others) choosing among the timed layouts only",
 }
+
+
+def short(layout: Layout) -> str:
+    """ "tp8+sp pp2 dp4 z1 mb2 full" for a layout."""
+    return re.sub(r"(?<=\S)=|\b[tp]p=1 |recompute=|schedule=|loss=", "", str(layout).replace("micro_batch", "mb").replace("zero=", "z"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Point:
         return self.schedule or ("1f1b" if self.layout.schedule == "interleaved" else self.layout.schedule)
 
     def __str__(self) -> str:
-        return f"{self.layout}{f', {self.schedule}' if self.schedule else ''}{'' if self.balanced else ', even stages'}"
+        return f"{short(self.layout)}{f' {self.schedule}' if self.schedule else ''}{'' if self.balanced else ' even'}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ def layout_of(run: Run) -> Layout:
 
 
 def point_of(run: Run) -> Point:
-    return Point(layout_of(run), float(RECOMPUTE.index(run.recompute)), run.balanced or run.pp == 1, "" if run.schedule in SCHEDULE else run.schedule)
+    unknown = "" if run.schedule in SCHEDULE else run.schedule
+    return Point(layout_of(run), float(RECOMPUTE.index(run.recompute)), run.balanced or run.pp == 1, unknown)
 
 
 def cluster_of(run: Run) -> Cluster:
@@ -235,8 +241,8 @@ class Job:
         return Point(c.layout, again / max(1, sum(layers)))
 
     def price(self, t: Timed | Point, free: bool = False) -> tuple[Candidate, bool]:
-        """A timed layout with its own recompute (`free`: with the one that is best) and, unless it was balanced, the cut of its engine; and whether
-        that fits. InputError where the space has nothing of the kind."""
+        """A timed layout with its own recompute (`free`: with the one that is best) and, unless it was balanced, the cut of its engine; and
+        whether that fits. InputError where the space has nothing of the kind."""
         p = t.point if isinstance(t, Timed) else t
         x, s = p.layout, self.search
         if p.schedule:
@@ -301,8 +307,8 @@ def groups_of(runs: Iterable[Run], say: Callable[[str], None], failed: Container
         except InputError as e:
             left[str(e)] += 1
             continue
-        key = (run.source, run.model, run.device.name, run.n_gpus, run.seq, run.precision, run.global_batch, run.engine.name, run.year, run.dims,
-               run.node_link_Bps, run.network_Bps)  # fmt: skip
+        key = (run.source, run.model, run.device.name, run.n_gpus, run.seq, run.precision, run.global_batch, run.engine.name, run.year,
+               run.dims, run.node_link_Bps, run.network_Bps)  # fmt: skip
         if run.measured_s:
             found[key][p].append(run)
         elif run.id in failed:
@@ -379,22 +385,14 @@ def chosen(out: Answer, way: str, seconds: Sequence[float]) -> None:
     out.regret[way], out.mapped[way] = out.group.regret(t), str(t.point)
 
 
-def by_runs(answers: list[Answer], everything: list[Run], held_out: bool) -> None:
-    """The step model of runs on every timed layout; with `held_out` each source by constants fitted on the others."""
+def by_runs(answers: list[Answer]) -> None:
+    """The step model of runs on every timed layout, by its shipped constants, which were fitted to these runs among others."""
     rows = [t.runs[0] for a in answers for t in a.group.timed]
-    if held_out:
-        batch = Batch(everything)
-        predicted, _ = leave_one_out(
-            batch, np.array([r.measured_s for r in everything]), np.array([r.source for r in everything]), np.ones(len(everything), bool)
-        )
-        of = {id(r): float(p) for r, p in zip(everything, predicted)}
-        seconds = [of[id(r)] for r in rows]
-    else:
-        seconds = [float(s) for s in step(Batch(rows, [features(r) for r in rows]), constants.load().theta)]
+    seconds = step(Batch(rows, [features(r) for r in rows]), constants.load().theta)
     at = 0
     for a in answers:
         n = len(a.group.timed)
-        chosen(a, "runs", seconds[at : at + n])
+        chosen(a, "runs", [float(s) for s in seconds[at : at + n]])
         at += n
 
 
@@ -403,14 +401,16 @@ def by_runs(answers: list[Answer], everything: list[Run], held_out: bool) -> Non
 
 def summary(answers: list[Answer], way: str) -> Table:
     table = Table("source", "groups", "median %", "mean %", "worst %", "no regret %", "median distance")
-    by_source = {s: [a for a in answers if a.group.run.source == s and way in a.regret] for s in sorted({a.group.run.source for a in answers})}
-    by_source = {s: mine for s, mine in by_source.items() if mine}
+    by_source: dict[str, list[Answer]] = {}
+    for a in answers:
+        if way in a.regret:
+            by_source.setdefault(a.group.run.source, []).append(a)
 
     def cells(mine: list[Answer]) -> list[str]:
         r = 100 * np.array([a.regret[way] for a in mine])
         d = [a.distance[way] for a in mine if way in a.distance]
-        figures = [f"{x:.1f}" for x in (np.median(r), r.mean(), r.max())]
-        return [str(len(mine)), *figures, f"{100 * (r < 1e-9).mean():.0f}", f"{np.median(d):.1f}" if d else ""]
+        percents = [f"{x:.1f}" for x in (np.median(r), r.mean(), r.max())]
+        return [str(len(mine)), *percents, f"{100 * (r < 1e-9).mean():.0f}", f"{np.median(d):.1f}" if d else ""]
 
     for s, mine in by_source.items():
         table.add_row(s, *cells(mine))
@@ -419,7 +419,8 @@ def summary(answers: list[Answer], way: str) -> Table:
         table.add_row("all groups", *cells(answered), style="bold")
         medians, means = ([100 * f([a.regret[way] for a in mine]) for mine in by_source.values()] for f in (np.median, np.mean))
         none = np.mean([np.mean([a.regret[way] < 1e-9 for a in mine]) for mine in by_source.values()])
-        table.add_row("mean of sources", str(len(by_source)), f"{np.mean(medians):.1f}", f"{np.mean(means):.1f}", "", f"{100 * none:.0f}", "")
+        figures = f"{np.mean(medians):.1f}", f"{np.mean(means):.1f}"
+        table.add_row("mean of sources", str(len(by_source)), *figures, "", f"{100 * none:.0f}", "")
         near = [a for a in answered if a.distance.get(way, 9) <= 2]
         if near and len(near) < len(answered) and way in ("own", "engine", "asked"):
             table.add_row("choice within 2", *cells(near))
@@ -427,7 +428,7 @@ def summary(answers: list[Answer], way: str) -> Table:
 
 
 def detail(answers: list[Answer]) -> Table:
-    table = Table("job", "timed", "own choice", "nearest timed layout", "far", *(f"{w} %" for w in WAYS), title="each group", title_justify="left")
+    table = Table("job", "timed", "own choice", "nearest timed layout", "far", *(f"{w} %" for w in WAYS), title="each group")
     for a in answers:
         r = a.group.run
         job = f"{r.source} {r.model} {r.n_gpus}x{r.device.name} s{r.seq} b{r.global_batch:g} {r.precision}"
@@ -446,7 +447,7 @@ def regrets(runs: list[Run], failed: set[str], args: argparse.Namespace) -> None
             known, last = {}, (g.run.dims, g.run.seq)
         answers.append(answer(g, known, args.max_seconds))
     print(file=sys.stderr)
-    by_runs(answers, [r for r in runs if r.measured_s and "seq_len" not in r.assumed], args.held_out)
+    by_runs(answers)
     console.print(detail(answers))
     for way in WAYS:
         console.print(f"\n{way}: {WAYS[way]}")
@@ -462,8 +463,8 @@ def regrets(runs: list[Run], failed: set[str], args: argparse.Namespace) -> None
     )
     if args.json:
         args.json.write_text(json.dumps([
-            {"id": [t.runs[0].id for t in a.group.timed], "seconds": [t.seconds for t in a.group.timed], "regret": a.regret, "choice": a.choice,
-             "mapped": a.mapped, "distance": a.distance, "predicted": a.predicted, "why": a.why, "refused": a.refused}
+            {"id": [t.runs[0].id for t in a.group.timed], "seconds": [t.seconds for t in a.group.timed], "regret": a.regret,
+             "choice": a.choice, "mapped": a.mapped, "distance": a.distance, "predicted": a.predicted, "why": a.why, "refused": a.refused}
             for a in answers
         ], indent=1))  # fmt: skip
 
@@ -476,10 +477,6 @@ def reasons(search: Search, ours: Candidate, theirs: Candidate, most: int = 3) -
     return ", ".join(f"{WORDS[k]} {100 * v:+.0f} %" for k, v in largest if abs(v) >= 0.005)
 
 
-def same_degrees(a: Layout, b: Layout) -> bool:
-    return all(getattr(a, k) == getattr(b, k) for k in ("tp", "cp", "pp", "ep"))
-
-
 def tuned(runs: list[Run], sources: Sequence[str], max_seconds: float) -> None:
     """Jobs that were tuned by hand, the fastest published run of each: their layout and ours, both as we price them."""
     jobs: dict[tuple[Any, ...], Run] = {}
@@ -488,43 +485,38 @@ def tuned(runs: list[Run], sources: Sequence[str], max_seconds: float) -> None:
             key = (sources.index(r.source), r.model, r.device.name, r.n_gpus, r.seq, r.precision, r.global_batch)
             if key not in jobs or r.measured_s < (jobs[key].measured_s or np.inf):
                 jobs[key] = r
-    table = Table(
-        "job", "their layout", "published s", "we say s", "our layout", "we say s", "ours %", "same", "what changes (share of their step)",
-        title="jobs tuned by hand: theirs and ours, both priced by the planner in bf16", title_justify="left",
-    )  # fmt: skip
+    rows: dict[str, list[list[str]]] = defaultdict(list)
     known, last, count = dict[Any, Any](), None, Counter[str]()
-    for i, r in enumerate(sorted(jobs.values(), key=lambda r: (sources.index(r.source), str(r.dims), r.seq, r.n_gpus))):
+    ordered = sorted(jobs.values(), key=lambda r: (sources.index(r.source), r.dims.layers * r.dims.hidden**2, str(r.dims), r.seq, r.n_gpus))
+    for i, r in enumerate(ordered):
         print(f"\rjob {i + 1} of {len(jobs)}", end="", file=sys.stderr, flush=True)
-        name = f"{r.source} {r.model} {r.n_gpus}x{r.device.name} s{r.seq} b{r.global_batch:g} {r.precision}"
+        name = f"{r.model}, {r.n_gpus} {r.device.name}, seq {r.seq}, batch {r.global_batch:g}, {r.precision}"
+        row = [name, "", f"{r.measured_s:.3g}", "", "", "", "", ""]
+        rows[r.source].append(row)
         if (r.dims, r.seq) != last:
             known, last = {}, (r.dims, r.seq)
         try:
             job = Job(r, known)
             found = job.plan({}, max_seconds)
+            row[4:6] = [short(found.layout), f"{found.step_s:.3g}"] if found else ["nothing fits", ""]
+            row[1] = short(layout_of(r))
+            theirs, fits = job.price(point_of(r), free="recompute" in r.assumed)
         except InputError as e:
-            table.add_row(name, "", f"{r.measured_s:.2f}", "", str(e))
+            row[7] = str(e)
+            count[f"{r.source}: cannot be priced"] += 1
             continue
-        ours = [str(found.layout), f"{found.step_s:.2f}"] if found else ["nothing fits", ""]
-        try:
-            free = "recompute" in r.assumed
-            theirs, fits = job.price(point_of(r), free)
-        except InputError as e:
-            table.add_row(name, str(e), f"{r.measured_s:.2f}", "", *ours)
-            count["not in the space"] += 1
-            continue
-        said = f"{theirs.step_s:.2f}{'' if fits else ' (does not fit)'}"
-        if found is None:
-            table.add_row(name, str(theirs.layout), f"{r.measured_s:.2f}", said, *ours)
-            continue
-        same = same_degrees(found.layout, theirs.layout)
-        count["same tp, cp, pp, ep" if same else "other degrees"] += 1
-        table.add_row(
-            name, str(theirs.layout), f"{r.measured_s:.2f}", said, *ours, f"{100 * (found.step_s / theirs.step_s - 1):+.0f}", "yes" if same else "no",
-            reasons(job.search, found, theirs),
-        )  # fmt: skip
+        row[1] = short(theirs.layout)
+        row[3] = f"{theirs.step_s:.3g}{'' if fits else ' !'}"
+        if found is not None:
+            row[6], row[7] = f"{100 * (found.step_s / theirs.step_s - 1):+.0f}", reasons(job.search, found, theirs)
+            alike = [k for k in ("tp", "cp", "pp", "ep") if getattr(found.layout, k) == getattr(theirs.layout, k)]
+            count[f"{r.source}: {'same tp, cp, pp and ep' if len(alike) == 4 else 'other degrees'}"] += 1
     print(file=sys.stderr)
-    console.print(table)
-    console.print(", ".join(f"{n} {what}" for what, n in count.most_common()))
+    for source, lines in rows.items():
+        print(f"\n### {source}\n\n| job | their layout | published s | priced s | our layout | priced s | ours % | what changes |")
+        print("|---" * 8 + "|")
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print("\n" + ", ".join(f"{what}: {n}" for what, n in sorted(count.items())) + "; !: does not fit in our model of memory")
 
 
 def main() -> None:
@@ -532,7 +524,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="a table of published runs (CSV)")
     parser.add_argument("--where", default="", help="keep the rows where a column has a value, like split=calib")
     parser.add_argument("--source", default="", help="keep the rows of these sources, by source_key, separated by commas")
-    parser.add_argument("--held-out", action="store_true", help="judge the step model of runs by constants fitted on the other sources")
     parser.add_argument("--tuned", default="", help="show jobs of these sources beside our plans instead, separated by commas")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="of one search; the best so far then counts")
     parser.add_argument("--json", type=Path, help="also write every group as JSON")
@@ -545,7 +536,7 @@ def main() -> None:
     except InputError as e:
         sys.exit(f"regret: {e}")
     runs = [r for _, r in parsed if isinstance(r, Run)]
-    if sources and not args.held_out:
+    if sources:
         runs = [r for r in runs if r.source in sources]
     console.print(f"{len(parsed)} rows, {len(parsed) - len(runs)} not read or of other sources")
     if args.tuned:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from meshwright import cli_check, cli_dryrun
+from meshwright import cli_check, cli_dryrun, cli_explain
 from meshwright.profiling.errors import InputError
 from meshwright.version import __version__
 
@@ -57,33 +57,44 @@ def plan(
     precision: PrecisionOpt = "",
     optimizer: Annotated[str, typer.Option(help="adamw, sgd-momentum or sgd")] = "adamw",
     sample: SampleOpt = "",
+    objective: Annotated[str, typer.Option(help="throughput, gpus (the fewest devices), cost (least device-seconds) or memory")] = "throughput",
+    max_seconds: Annotated[float | None, typer.Option(help="stop searching after so long, with the best so far and its gap")] = None,
+    sweep: Annotated[str, typer.Option(help="the best plan of each size: gpus=8..1024 (doubling), gpus=8..64:8 or gpus=8,16,24")] = "",
+    deadline: Annotated[str, typer.Option(help="how long all --tokens may take, like 14d, 36h or 90m")] = "",
+    tokens: Annotated[str, typer.Option(help="tokens to train on, like 15T, 300B or 1.5e12")] = "",
+    price: Annotated[float | None, typer.Option(help="of a device-hour, in any currency; without it cost is in device-hours")] = None,
+    runnable: Annotated[bool, typer.Option("--runnable", help="keep to what apply and emit run today")] = False,
     output: Annotated[str, typer.Option("-o", "--output", help="save the plan here")] = "",
     as_json: JsonOpt = False,
 ) -> None:
-    """Find the best layout of a model on a cluster, with the proof. Exit code 1 if nothing fits."""
+    """Find the best layout of a model on a cluster, with the proof. Exit code 1 if nothing fits or meets the deadline."""
+    from meshwright.planner import frontier
     from meshwright.planner.plan import Plan
     from meshwright.planner.solve import plan as solve
+    from meshwright.planner.solve import prepare
     from meshwright.planner.space import parse_fix
     from meshwright.profiling.files import write_atomically
+    from meshwright.report.frontier import render_frontier, render_too_slow
     from meshwright.report.terminal import render_infeasible, render_plan
 
+    sizes = frontier.parse_sweep(sweep) if sweep else ()
+    wanted = frontier.Target(frontier.parse_tokens(tokens) if tokens else None, frontier.parse_deadline(deadline) if deadline else None, price)
+    chosen = frontier.check_asked(objective, wanted, bool(sweep), max_seconds)
     fixed = parse_fix(fix)
     _check_output(output)
     with _progress() as say:
-        found = solve(
-            model,
-            cluster,
-            global_batch=global_batch,
-            seq=seq,
-            precision=_precision(precision),
-            optimizer=optimizer,
-            sample=sample or None,
-            limit=limit,
-            fix=fixed,
-            top=top,
-            costs=None if costs == "datasheet" else costs,
-            progress=say,
-        )
+        asked: dict[str, Any] = {
+            "global_batch": global_batch, "seq": seq, "precision": _precision(precision), "optimizer": optimizer, "sample": sample or None,
+            "limit": limit, "fix": fixed, "costs": None if costs == "datasheet" else costs, "runnable": runnable, "progress": say,
+        }  # fmt: skip
+        found: Any
+        if sweep:
+            found = frontier.sweep(prepare(model, cluster, **asked), sizes, target=wanted, max_seconds=max_seconds, progress=say)
+        elif chosen == "throughput" and wanted.tokens is None:
+            found = solve(model, cluster, top=top, max_seconds=max_seconds, **asked)
+        else:
+            inputs = prepare(model, cluster, **asked)
+            found = frontier.plan_for(chosen, inputs, target=wanted, top=top, max_seconds=max_seconds, progress=say)
     text = found.to_json() if isinstance(found, Plan) else found.model_dump_json(by_alias=True, indent=2) + "\n"
     if output:
         write_atomically(Path(output), text)
@@ -91,9 +102,11 @@ def plan(
         print(text, end="")
     elif isinstance(found, Plan):
         _print(render_plan(found, output))
+    elif isinstance(found, frontier.Frontier):
+        _print(render_frontier(found))
     else:
-        _print(render_infeasible(found))
-    if not isinstance(found, Plan):
+        _print(render_too_slow(found) if isinstance(found, frontier.TooSlow) else render_infeasible(found))
+    if not isinstance(found, Plan) and not (isinstance(found, frontier.Frontier) and found.answers):
         raise typer.Exit(1)
 
 
@@ -319,6 +332,7 @@ def calibrate(
 
 cli_check.register(app)
 cli_dryrun.register(app)
+cli_explain.register(app)
 
 
 def _check_output(output: str) -> None:

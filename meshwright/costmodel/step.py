@@ -202,7 +202,7 @@ class Bound:
             gathered = collectives.seconds("all_gather", n * out[rows], group, self.costs)
             return np.asarray(gathered + collectives.seconds("reduce_scatter", n * back[rows], group, self.costs))
 
-        return by_group(x.ep, x.etp, sent, out) + by_group(x.etp, np.ones_like(x.etp), shared, out)
+        return (by_group(x.ep, x.etp, sent, out) + by_group(x.etp, np.ones_like(x.etp), shared, out)) * (out > 0)
 
     def _context(self, x: Layouts, t: Array, k: Array, attention_f: Array, attention_b: Array) -> tuple[Array, Array]:
         """Seconds that context parallelism adds, forward and backward. [types, layouts, blocks]
@@ -220,7 +220,7 @@ class Bound:
             group = self.groups.group(n, stride)
             return sum(2 * collectives.seconds("all_to_all", y[rows] / 2, group, self.costs) for y in (kv, q))  # type: ignore[return-value]
 
-        around, across = by_group(x.cp, x.tp, ring, kv), by_group(x.cp, x.tp, turned, kv)
+        around, across = (by_group(x.cp, x.tp, f, kv) * (kv > 0) for f in (ring, turned))
         hidden = OVERLAP if self.cluster.device.kind == "cuda" else 0.0
         ulysses = (x.ulysses == 1)[:, None]
         forward = np.where(ulysses, across, np.maximum(around - hidden * attention_f, 0.0))
@@ -244,7 +244,7 @@ class Bound:
             def seconds(n: int, s: int, rows: Array) -> Array:
                 return collectives.seconds(op, width * numel[rows], self.groups.group(n, s), self.costs)
 
-            return by_group(size, stride, seconds, numel)
+            return by_group(size, stride, seconds, numel) * (numel > 0)  # what a block has not costs no latency
 
         def both(op: collectives.Op, width: float, n: Array, en: Array) -> Array:
             """Over the ranks that share a copy."""

@@ -13,6 +13,7 @@ from meshwright.planner.search import Candidate, Search
 from meshwright.profiling.errors import InputError
 
 GIB = 2**30
+LARGE = 50_000  # layouts that a question in the plan may search; `explain --why-not` searches all
 
 WORDS = {
     "forward": "forward", "backward": "backward", "recompute": "recompute", "tensor_parallel": "TP collectives",
@@ -95,27 +96,36 @@ def _questions(search: Search, chosen: Layout) -> list[dict[str, Any]]:
         out += [{key: value} for value in sorted(near - {values[at]})]
     if chosen.dp * chosen.cp > 1:
         out += [{"zero": zero, "tp": chosen.tp, "pp": chosen.pp} for zero in range(4) if zero != chosen.zero]
-    out += [{"recompute": r} for r in RECOMPUTE if r != chosen.recompute]
+    out += [{"recompute": r} for r in RECOMPUTE if r != chosen.recompute and search.space.graph.layers]
     out += [{"micro_batch": int(chosen.micro_batch * f), "tp": chosen.tp, "pp": chosen.pp} for f in (2, 0.5) if chosen.micro_batch * f >= 1]
     if chosen.tp > 1:
         out.append({"sp": not chosen.sp, "tp": chosen.tp})
     if chosen.pp > 1 and chosen.schedule != "1f1b":
         out.append({"schedule": "1f1b", "pp": chosen.pp})
-    return [q for q in out if all(search.space.fixed.get(k, v) == v for k, v in q.items())]
+    asked = [q for q in out if all(search.space.fixed.get(k, v) == v for k, v in q.items())]
+    return asked if search.size <= 10 * LARGE else asked[:8]
 
 
 def answer(search: Search, best: Candidate, fix: dict[str, Any]) -> WhyNot | None:
     """The price of the best layout with `fix` held against `best`, or why none of them fits; None if the space has none."""
-    name = _words(fix, best.layout)
+    name, among = _words(fix, best.layout), ""
     try:
         held = search.holding(fix)
+        more: dict[str, Any] = {}
+        for key in ("ep", "etp", "cp", "micro_batch"):  # of a large space a part, which the answer says
+            if held.size <= LARGE:
+                break
+            if key not in fix:
+                more[key] = getattr(best.layout, key)
+                held = search.holding({**fix, **more})
+        among = f", among layouts with {' '.join(f'{k}={v}' for k, v in more.items())}" if more else ""
     except InputError:
         return None
     found = held.run(1).best
     if not found:
-        return WhyNot(fix=name, fits=False, reason=does_not_fit(held, held.least_memory()[1]))
+        return WhyNot(fix=name, fits=False, reason=does_not_fit(held, held.least_memory()[1]) + among)
     other = found[0]
-    return WhyNot(fix=name, fits=True, step_s=other.step_s, slower=other.step_s / best.step_s - 1, reason=difference(search, best, other))
+    return WhyNot(fix=name, fits=True, step_s=other.step_s, slower=other.step_s / best.step_s - 1, reason=difference(search, best, other) + among)
 
 
 def why_not_memory(search: Search, best: Need, most: int = 6) -> list[WhyNot]:
@@ -126,9 +136,10 @@ def why_not_memory(search: Search, best: Need, most: int = 6) -> list[WhyNot]:
             other = least_memory(search.holding(fix)).best[0]
         except InputError:
             continue
-        more = f"{(other.bytes - best.bytes) / GIB:.2f} GiB more" if other.bytes > best.bytes * (1 + 1e-6) else "no more"
-        told = f"needs {other.bytes / GIB:.2f} GiB at best (p95), {more}, and takes {other.candidate.step_s:.3g} s, with {other.candidate.layout}"
         fits = other.bytes <= search.limit_bytes
+        more = f"{(other.bytes - best.bytes) / GIB:.2f} GiB more" if other.bytes > best.bytes * (1 + 1e-6) else "no more bytes"
+        told = f"{more}: {other.bytes / GIB:.2f} GiB at best (p95) and {other.candidate.step_s:.3g} s a step, with {other.candidate.layout}"
+        told = told if fits else f"does not fit: {told}"
         answered = WhyNot(fix=_words(fix, best.candidate.layout), fits=fits, step_s=other.candidate.step_s if fits else None, reason=told)
         found.append((other.bytes, answered))
     return [w for _, w in sorted(found, key=lambda x: -x[0])][:most]

@@ -80,12 +80,15 @@ def parse_sweep(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Target:
-    """So many tokens, in so many seconds of training; either may be left open."""
+    """So many tokens, in so many seconds of training, at so much a device-hour; each may be left open."""
 
     tokens: float | None = None
     deadline_s: float | None = None
+    price: float | None = None
 
     def __post_init__(self) -> None:
+        if self.price is not None and not 0 < self.price < float("inf"):
+            raise InputError(f"--price must be above zero, not {self.price:g}")
         if self.deadline_s is not None and self.tokens is None:
             raise InputError("--deadline says nothing without --tokens, how many there are to train on")
 
@@ -98,6 +101,21 @@ class Target:
         if self.deadline_s is None or self.tokens is None:
             return float("inf")
         return self.deadline_s * (w.global_batch * w.seq) / self.tokens
+
+
+def check_asked(objective: str, target: Target, sweep: bool, max_seconds: float | None) -> Objective:
+    """The objective, if what is asked goes together; else InputError."""
+    if objective not in OBJECTIVES:
+        raise InputError(f"--objective {objective!r} is not known: it is one of {', '.join(OBJECTIVES)}")
+    if sweep and objective != "throughput":
+        raise InputError(f"--sweep solves every size for throughput: leave --objective {objective} away")
+    if target.deadline_s is not None and not sweep and objective not in ("gpus", "cost"):
+        raise InputError(f"--deadline goes with --sweep, --objective gpus or --objective cost, not with --objective {objective}")
+    if target.price is not None and not sweep and target.tokens is None:
+        raise InputError("--price says nothing without --tokens or --sweep")
+    if max_seconds is not None and not 0 <= max_seconds < float("inf"):
+        raise InputError(f"--max-seconds must be zero or more, not {max_seconds:g}")
+    return objective  # type: ignore[return-value]
 
 
 # --- clusters of the same kind -------------------------------------------------------------------------------------------
@@ -205,16 +223,16 @@ def plan_for(
     faster. InputError for an unknown objective and for a deadline that the objective does not look at.
     """
     say, target = progress or (lambda _: None), target or Target()
-    if objective not in OBJECTIVES:
-        raise InputError(f"--objective {objective!r} is not known: it is one of {', '.join(OBJECTIVES)}")
-    if target.deadline_s is not None and objective not in ("gpus", "cost"):
-        raise InputError(f"--deadline goes with --objective gpus, --objective cost or --sweep, not with --objective {objective}")
+    check_asked(objective, target, False, max_seconds)
     if objective == "memory":
         return _least(inputs, top, max_seconds, say)
     if objective == "throughput":
         search = inputs.search()
         outcome = search.run(top, lambda n, left: say(f"searching: {n} layouts evaluated, {left} choices of degrees left"), max_seconds)
-        return _told(search, outcome) if outcome.best else _infeasible(search, outcome, search.limit_bytes)
+        if not outcome.best:
+            return _infeasible(search, outcome, search.limit_bytes)
+        made = _told(search, outcome)
+        return made.model_copy(update={"notes": (*made.notes, *_days(target, made))})
     return (_fewest if objective == "gpus" else _cheapest)(inputs, target, top, max_seconds, say)
 
 
@@ -313,7 +331,8 @@ def _days(target: Target, made: Plan) -> tuple[str, ...]:
         return ()
     of = f" of {duration(target.deadline_s)}" if target.deadline_s is not None else ""
     hours = takes / HOUR * made.cluster.size
-    return (f"{tokens_text(target.tokens)} tokens take {duration(takes)}{of} and {hours:,.0f} device-hours",)
+    cost = f", which cost {target.price * hours:,.0f}" if target.price is not None else ""
+    return (f"{tokens_text(target.tokens)} tokens take {duration(takes)}{of} and {hours:,.0f} device-hours{cost}",)
 
 
 def _none(inputs: Inputs, target: Target, say: Progress) -> Infeasible | TooSlow:
@@ -400,28 +419,33 @@ class Frontier(BaseModel):
     points: tuple[Point, ...]
     smallest: int | None = None
 
+    @property
+    def answers(self) -> bool:
+        """Whether there is a plan, and one that meets the deadline if there is a deadline."""
+        return any(p.step_s is not None and p.meets is not False for p in self.points)
+
 
 def sweep(
-    inputs: Inputs, sizes: tuple[int, ...], *, target: Target | None = None, price: float | None = None, max_seconds: float | None = None,
+    inputs: Inputs, sizes: tuple[int, ...], *, target: Target | None = None, max_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Frontier:  # fmt: skip
-    """The fastest plan of each size of the inputs' cluster; `price` of a device-hour; `max_seconds` for each size."""
+    """The fastest plan of each size of the inputs' cluster; `max_seconds` for each size."""
     say, target = progress or (lambda _: None), target or Target()
     node_of(inputs.cluster)
     points = []
     for size in sizes:
         say(f"sweeping: {size} devices")
-        points.append(_point(inputs, size, target, price, max_seconds))
+        points.append(_point(inputs, size, target, max_seconds))
     marked = mark(points)
     meets = [p.devices for p in marked if p.meets]
     return Frontier(
         schema="meshwright.frontier/1", model=inputs.graph.name, device=node_of(inputs.cluster).spec.name, workload=inputs.workload,
-        tokens=target.tokens or TRILLION, asked=target.tokens is not None, deadline_s=target.deadline_s, price=price, points=marked,
+        tokens=target.tokens or TRILLION, asked=target.tokens is not None, deadline_s=target.deadline_s, price=target.price, points=marked,
         smallest=min(meets) if meets else None,
     )  # fmt: skip
 
 
-def _point(inputs: Inputs, size: int, target: Target, price: float | None, max_seconds: float | None) -> Point:
+def _point(inputs: Inputs, size: int, target: Target, max_seconds: float | None) -> Point:
     try:
         cluster = of_size(inputs.cluster, size)
     except InputError as e:
@@ -444,7 +468,7 @@ def _point(inputs: Inputs, size: int, target: Target, price: float | None, max_s
     return Point(
         devices=size, cluster=cluster.name, layout=best.layout, step_s=best.step_s, tokens_per_s=w.global_batch * w.seq / best.step_s,
         mfu=search.bound.mfu(best.step_s, w.global_batch, size), peak_bytes=search.reserved_bytes(best.row, best.live_bytes)[1],
-        device_hours=hours, cost=None if price is None else price * hours, takes_s=takes,
+        device_hours=hours, cost=None if target.price is None else target.price * hours, takes_s=takes,
         meets=None if target.deadline_s is None or takes is None else takes <= target.deadline_s, solver=outcome.certificate,
     )  # fmt: skip
 
@@ -472,7 +496,7 @@ def duration(seconds: float) -> str:
     """Seconds for a reader: days from two of them on, else hours, minutes or seconds."""
     for unit, size in (("d", DAY), ("h", HOUR), ("m", 60.0)):
         if seconds >= 2 * size:
-            return f"{seconds / size:,.1f}".removesuffix(".0") + f" {unit}"
+            return f"{seconds / size:,.{1 if seconds < 100 * size else 0}f}".removesuffix(".0") + f" {unit}"
     return f"{seconds:.3g} s"
 
 

@@ -225,8 +225,8 @@ class LeastMemorySearch:
 
     # -- exact
 
-    def need(self, row: Layouts) -> Need:
-        """What a layout (one row) needs, exactly, with the fastest cut that needs no more."""
+    def need(self, row: Layouts, most: float = np.inf) -> Need:
+        """What a layout (one row) needs, exactly; if that is at most `most`, with the fastest cut that needs no more."""
         s = self.s
         slope, fixed = self.fixed_bytes(row)
         _, share = s._types(int(row.pp[0]))
@@ -243,7 +243,7 @@ class LeastMemorySearch:
             if len(s.bound.devices) == 1 or abs(found - limit) <= TIE * found:
                 break
             limit = found
-        quick = s._stages(row, p, (found * (1 + TIE) - float(fixed[0])) / slope, s.modes).best()
+        quick = s._stages(row, p, (found * (1 + TIE) - float(fixed[0])) / slope, s.modes).best() if found <= most else None
         return Need(found, s.candidate(row, quick if quick is not None else cut))
 
     # -- search
@@ -316,7 +316,7 @@ class LeastMemorySearch:
         from meshwright.planner.search import order_of
 
         _, _, part, i = heapq.heappop(self.heap)
-        found = self.need(self.parts[part].take(slice(i, i + 1)))
+        found = self.need(self.parts[part].take(slice(i, i + 1)), self.threshold)
         self.evaluated += 1
         self.too_much += found.bytes > self.s.limit_bytes
         known = sorted([*self.best, found], key=lambda n: n.bytes)

@@ -479,7 +479,7 @@ def _refs(x: Any) -> set[str]:
 def _verify_sharding(plan: Plan) -> list[str]:
     x, s = plan.layout, plan.solution
     out = []
-    if x.tp == 1 and (s.layer_shardings or s.module_shardings or s.loss != "plain"):
+    if x.tp == 1 and (s.layer_shardings or s.module_shardings or s.loss == "vocab_parallel"):
         out.append("solution.module_shardings: there is nothing to shard with tp 1")
     if x.tp > 1 and s.layer_shardings:
         held = Counter(i for group in s.layer_shardings for i in group.layers)

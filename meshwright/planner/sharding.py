@@ -163,7 +163,8 @@ class _Problem:
     def _row(self, row: Any, family: str, *names: object) -> None:
         """Adds a named constraint."""
         self.families[family] += 1
-        self.model += row, "_".join([family, *(str(n).replace(":", ".").replace(" ", "_") for n in names)])
+        name = "_".join([family, *(str(n).replace(":", ".").replace(" ", "_") for n in names)])
+        self.model += row, name if name not in self.model.constraints else f"{name}_{self.families[family]}"
 
     def solve(self) -> Solution:
         import pulp

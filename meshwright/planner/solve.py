@@ -16,9 +16,10 @@ from meshwright.costmodel import constants, schedules
 from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.costmodel.memory import OPTIMIZERS
 from meshwright.costmodel.model import CostModel, for_device
-from meshwright.costmodel.pipeline import Event, makespan, simulate, simulate_schedule
+from meshwright.costmodel.pipeline import Event, makespan, simulate_schedule
 from meshwright.costmodel.step import SPREAD
 from meshwright.planner.explain import GIB, bottleneck, does_not_fit, enough_memory, memory_parts, time_parts, why_not
+from meshwright.planner.mapping import map_ranks
 from meshwright.planner.plan import (
     SCHEMA,
     Alternative,
@@ -148,6 +149,17 @@ def plan(
     if not outcome.best:
         say("nothing fits; looking for what would")
         return _infeasible(search, outcome, limit_bytes)
+    mapped = map_ranks(search, outcome.best)
+    if mapped is not None:
+        say("laying ranks over the measured links")
+        found, best, placed = mapped
+        made = _assemble(found, Outcome((best,), outcome.certificate), limit_bytes)
+        note = (
+            f"ranks are laid over the measured links: the best step falls from {outcome.best[0].step_s:.3g} to {best.step_s:.3g} s; traffic alone is "
+            f"within {placed.gap:.1%} of a bound for any order; the certificate is for layouts with ranks in the default order"
+        )
+        solution = made.solution.model_copy(update={"rank_map": tuple(placed.rank_map)})
+        return made.model_copy(update={"cluster": where, "solution": solution, "notes": (*made.notes, note)})
     say("explaining")
     return _assemble(search, outcome, limit_bytes)
 
@@ -261,11 +273,14 @@ def _stages(search: Search, best: Candidate) -> tuple[Stage, ...]:
 
 
 def stage_events(plan: Plan, microbatches: int | None = None) -> list[Event]:
-    """The events of the plan's schedule, forward and backward of each stage split as 1 to 2, for a picture of it."""
-    send = 0.0  # transfers are inside the stages' microbatch seconds
-    f = [s.microbatch_s / 3 for s in plan.solution.stages]
-    b = [s.microbatch_s * 2 / 3 for s in plan.solution.stages]
-    return simulate(f, b, send, microbatches or plan.microbatches)
+    """The events of the plan's schedule for a picture of it: each rank's chunks equal, forward and backward split as 1 to 2, and backward
+    in halves where weights have a part of their own."""
+    x, stages = plan.layout, plan.solution.stages
+    v = schedules.find(x.schedule).shape == "V"
+    of_rank = {k: r for r in range(x.pp) for k in ([r, 2 * x.pp - 1 - r] if v else range(r, x.pp * x.vpp, x.pp))}
+    chunk = [stages[of_rank[k]].microbatch_s / x.vpp for k in range(x.pp * x.vpp)]
+    third = [t / 3 for t in chunk]  # transfers are inside the stages' microbatch seconds
+    return simulate_schedule(x.schedule, third, third, third, 0.0, microbatches or plan.microbatches, vpp=x.vpp)
 
 
 def _prediction(search: Search, best: Candidate, limit_bytes: float) -> Prediction:

@@ -445,6 +445,8 @@ class Stages:
 
     def peak(self, ends: Sequence[int], choices: Sequence[Choice], rank: int) -> tuple[str, int, dict[str, float]]:
         """The moment at which a rank of a cut peaks, in which of the model's blocks, and its bytes by category."""
+        if not self.p.layers:
+            return self.p.memory(np.zeros(0, int)).peak(0, 0, 0)
         chunks = self.chunks(ends, rank)
         memory = self._memory([(chunks, choices[rank])], like=False)
         begin, end, place = self._placed(memory, [chunks])
@@ -467,11 +469,21 @@ class Stages:
         most = max(x.live_bytes - float(c) for x, c in zip(costs, self.capacity, strict=True))
         return most, Cut(self.step(costs), ends, choices, costs)
 
+    def _no_layers(self) -> Cut:
+        """The only cut of a model that is no sequence of layers."""
+        memory, kind = self.p.memory(np.zeros(0, int)), int(self.types[0])
+        c, e = (float(self.p.before[kind, i] + self.p.after[kind, i]) for i in (0, 1))
+        cost = StageCost(c, e, float(memory.live(0, 0, 0)), Choice(NONE, 0))
+        return Cut(self.step([cost]), (0,), (cost.choice,), (cost,))
+
     # -- the two ways
 
     def best(self, cutoff: float = np.inf) -> Cut | None:
         """The cheapest cut that fits and takes less than `cutoff` seconds; None if there is none. Of equal ones that with the smaller ends,
         in order; each rank with its cheapest choice that fits, of equal ones that with less recompute."""
+        if self.p.layers == 0 and self.p.pp == 1:
+            cut = self._no_layers()
+            return cut if cut.costs[0].live_bytes <= self.capacity[0] and cut.step_s < cutoff else None
         if self.p.layers < self.p.pp * self.p.vpp:
             return None
         found = _Spread(self).best(cutoff) if self.p.vpp > 1 or self.p.pp == 1 else _Contiguous(self).best(cutoff)
@@ -479,6 +491,9 @@ class Stages:
 
     def least_memory(self) -> tuple[float, Cut]:
         """The cut whose fullest rank is least over its own capacity, each rank as cheap as that allows, and by how many bytes it is."""
+        if self.p.layers == 0 and self.p.pp == 1:
+            cut = self._no_layers()
+            return cut.costs[0].live_bytes - float(self.capacity[0]), cut
         if self.p.layers < self.p.pp * self.p.vpp:
             raise ValueError(f"{self.p.layers} layers cannot be cut into {self.p.pp * self.p.vpp} stages")
         return _Spread(self).least_memory() if self.p.vpp > 1 or self.p.pp == 1 else _Contiguous(self).least_memory()

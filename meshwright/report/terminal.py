@@ -28,10 +28,11 @@ def render_plan(plan: Plan, saved: str = "") -> str:
         _why_not(plan),
         _step(plan),
         _memory(plan),
+        _stages(plan),
         _timeline(plan),
         _costs(plan),
         _notes(plan),
-        _next(saved),
+        _next(saved, plan),
     ]
     return "\n".join(p for p in parts if p)
 
@@ -130,7 +131,7 @@ def span(low: float, high: float) -> str:
 
 
 def _layout(x: Layout) -> str:
-    return f"tp={x.tp}{'+sp' if x.sp else ''} pp={x.pp} dp={x.dp} zero={x.zero} micro_batch={x.micro_batch} recompute={x.recompute}"
+    return str(x)
 
 
 def _answer(plan: Plan) -> str:
@@ -138,7 +139,7 @@ def _answer(plan: Plan) -> str:
     step = p.step_s
     rest = plan.alternatives[0].bottleneck if plan.alternatives else "compute"
     w = plan.workload
-    proof = f"optimum proven (gap {s.gap:.1%})" if s.status == "optimal" else s.status
+    proof = f"optimum proven (gap {s.gap:.1%})" if s.status == "optimal" else f"{s.status} (gap {s.gap:.1%}, {s.open:,} open)"
     figures = (
         f"step {seconds(step.p50)} [{span(step.p05, step.p95)}]", f"{p.tokens_per_s:,.0f} tokens/s", f"MFU {p.mfu:.0%}",
         f"peak {gib(m.peak.p50)} of {gib(m.capacity)} [p95 {gib(m.peak.p95)}]",
@@ -152,23 +153,50 @@ def _answer(plan: Plan) -> str:
 
 
 def _alternatives(plan: Plan) -> str:
+    layouts = [a.layout for a in plan.alternatives]
+    cp, ep = any(x.cp > 1 for x in layouts), any(x.ep * x.etp > 1 for x in layouts)
+    pipes = any(x.schedule not in ("1f1b", "gpipe") for x in layouts)
     table = _table(
-        ("#", "right"), ("dp", "right"), ("zero", "right"), ("tp", "right"), ("pp", "right"), ("mb", "right"), ("recompute", "left"),
-        ("step", "right"), ("vs best", "right"), ("peak", "right"), ("bound", "left"),
+        ("#", "right"), ("dp", "right"), ("zero", "right"), ("tp", "right"), *([("cp", "right")] * cp), *([("ep", "right")] * ep), ("pp", "right"),
+        *([("schedule", "left")] * pipes), ("mb", "right"), ("recompute", "left"), ("step", "right"), ("vs best", "right"), ("peak", "right"),
+        *([] if cp + ep + pipes > 1 else [("bound", "left")]),
     )  # fmt: skip
     for i, a in enumerate(plan.alternatives):
         x = a.layout
         table.add_row(
-            f"{'> ' if i == 0 else ''}{i + 1}", str(x.dp), str(x.zero), f"{x.tp}{'+sp' if x.sp else ''}", str(x.pp), str(x.micro_batch),
-            x.recompute, seconds(a.step_s), f"+{a.slower:.1%}" if i else "-", gib(a.peak_bytes), a.bottleneck,
+            f"{'> ' if i == 0 else ''}{i + 1}", str(x.dp) if x.replicas == 1 else f"{x.replicas}x{x.shard}", str(x.zero),
+            f"{x.tp}{'+sp' if x.sp else ''}", *([f"{x.cp}{'u' * (x.cp > 1 and x.cp_kind == 'ulysses')}"] if cp else []),
+            *([f"{x.ep}{f'x{x.etp}' if x.etp > 1 else ''}"] if ep else []), str(x.pp),
+            *([f"{x.schedule}{f' x{x.vpp}' if x.vpp > 1 else ''}"] if pipes else []), str(x.micro_batch),
+            x.recompute, seconds(a.step_s), f"{a.slower:+.1%}" if i else "-", gib(a.peak_bytes), *([] if cp + ep + pipes > 1 else [a.bottleneck]),
         )  # fmt: skip
     return _text(table)
+
+
+def _stages(plan: Plan) -> str:
+    """Which layers a stage holds and what it recomputes, equal neighbours in one line."""
+    stages = plan.solution.stages
+    if len(stages) == 1 and plan.layout.recompute != "by stage":
+        return ""
+    rows: list[list[int | str]] = []
+    for i, s in enumerate(stages):
+        layers = sum(b - a for a, b in s.chunks or (s.layers,))
+        chunks = f" in {len(s.chunks)} chunks" if s.chunks else ""
+        covered = f" in its first {s.recompute_layers}" if s.recompute_layers is not None else ""
+        text = f"{layers} layer{'s' * (layers > 1)}{chunks}, recompute {s.recompute}{covered}"
+        if rows and rows[-1][2] == text:
+            rows[-1][1] = i
+        else:
+            rows.append([i, i, text])
+    lines = [f"  {f'{a}' if a == b else f'{a} to {b}':<10}{text}" for a, b, text in rows]
+    shown = lines if len(lines) <= 12 else [*lines[:11], f"  and {len(lines) - 11} more lines, in the JSON"]
+    return "\n".join(["Stages", *shown])
 
 
 def _why_not(plan: Plan) -> str:
     lines = []
     for w in plan.why_not:
-        price = f"+{w.slower:.1%}: " if w.fits and w.slower is not None else "does not fit: " if w.reason.startswith("needs") else ""
+        price = f"{w.slower:+.1%}: " if w.fits and w.slower is not None else "does not fit: " if w.reason.startswith("needs") else ""
         lines += _hanging(w.fix, price + w.reason)
     return "\n".join(["Why not", *lines]) if lines else ""
 
@@ -227,7 +255,9 @@ def _notes(plan: Plan) -> str:
     return "\n".join(["Notes", *lines]) if lines else ""
 
 
-def _next(saved: str) -> str:
+def _next(saved: str, plan: Plan) -> str:
+    if plan.not_run:
+        return "\n".join(["Next", *_paragraph(f"emit and apply do not run {' and '.join(plan.not_run)} yet: add --runnable for the best of what they run", "  ")])
     if saved:
         return f"Saved {saved}    Next: meshwright emit {saved} -o run"
     return "Next: add -o plan.json, then: meshwright emit plan.json -o run"

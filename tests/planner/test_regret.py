@@ -33,10 +33,10 @@ def benchmark() -> Iterator[ModuleType]:
 
 def run_of(**cells: Any) -> Run:
     row = {
-        "id": "1", "model": "made", "layers": "32", "hidden": "4096", "heads": "32", "ffn_hidden": "16384", "vocab": "50304", "gpu": "A100-80GB-SXM",
-        "n_gpus": "64", "gpus_per_node": "8", "seq_len": "2048", "precision": "bf16", "tp": "4", "pp": "4", "dp": "4", "micro_batch": "2",
-        "global_batch": "256", "recompute": "full", "software": "megatron-lm-2023", "zero_stage_or_fsdp": "zero1", "source_key": "made",
-        "canon_step_s": "10",
+        "id": "1", "model": "made", "layers": "32", "hidden": "4096", "heads": "32", "ffn_hidden": "16384", "vocab": "50304",
+        "gpu": "A100-80GB-SXM", "n_gpus": "64", "gpus_per_node": "8", "seq_len": "2048", "precision": "bf16", "tp": "4", "pp": "4", "dp": "4",
+        "micro_batch": "2", "global_batch": "256", "recompute": "full", "software": "megatron-lm-2023", "zero_stage_or_fsdp": "zero1",
+        "source_key": "made", "canon_step_s": "10",
     }  # fmt: skip
     return parse(row | {k: str(v) for k, v in cells.items()}, "made, row 2")
 

@@ -267,7 +267,6 @@ def test_every_strategy_computes_what_the_op_does(name: str) -> None:
         if problem:
             failures.append(f"{op.target} {op.name} {[str(s) for s in way.ins]} -> {[str(s) for s in way.outs]}: {problem}")
     assert not failures, "\n".join(failures)
-    print("COUNT", name, kinds.total())
     assert kinds.total() >= LEAST[name], kinds
 
 
