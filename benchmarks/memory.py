@@ -4,7 +4,8 @@
     python benchmarks/memory.py --pairs 40 --seed 1 --worst 10
 
 A pair is a model (random widths of four architectures, or one of examples/models), a cluster, a sequence length, a precision and a
-layout drawn from the planner's space; a stage of it is drawn and run as one of its ranks (meshwright/codegen/dryrun.py).
+layout drawn from the planner's space, of what runs, with one recompute or one for each stage; a stage of it is drawn and run as one of
+its ranks (meshwright/codegen/dryrun.py).
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meshwright.codegen.dryrun import DryRun, dry_run
+from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.planner.plan import Layout, Plan, Workload
 from meshwright.planner.solve import plan_of
 from meshwright.planner.space import Space
+from meshwright.planner.stages import FULL, Choice, Cut
 from meshwright.profiling.cluster import Cluster, parse_cluster
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.trace import trace
@@ -51,6 +55,7 @@ class Pair:
     moment: str
     parts: dict[str, float]
     run: DryRun
+    choices: tuple[Choice, ...] = ()  # of each stage, where the layout's recompute is by stage
 
     @property
     def error(self) -> float:
@@ -118,33 +123,62 @@ class Draw:
             optimizer = draw.choice(["adamw", "adamw", "adamw", "sgd-momentum", "sgd"])
             batch = cluster.size * draw.choice([1, 2, 4, 8])
             workload = Workload(global_batch=batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
-            layouts = list(Space(graph, cluster, workload).enumerate())
+            layouts = list(Space(graph, cluster, workload, runnable=True).layouts())
             if not layouts:
                 continue
             key = draw.choice(sorted({(x.tp, x.pp) for x in layouts}))  # so that large degrees are as frequent as small ones
             layout = draw.choice([x for x in layouts if (x.tp, x.pp) == key])
             if layout.pp > 1 and draw.random() < 0.2:
                 layout = layout.model_copy(update={"schedule": "gpipe"})
-            return check(graph, cluster, workload, layout, draw.randrange(layout.pp))
+            layout = layout.model_copy(update={"recompute": draw.choice([*RECOMPUTE, "by stage"] if graph.layers else ["none"])})
+            shares = [(draw.randrange(len(RECOMPUTE)), draw.random()) for _ in range(layout.pp if layout.recompute == "by stage" else 0)]
+            return check(graph, cluster, workload, layout, draw.randrange(layout.pp), shares)
 
 
-def check(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, stage: int) -> Pair:
-    """The model's and the dry run's bytes of a stage of a layout."""
+def check(
+    graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, stage: int, shares: Sequence[tuple[int, float]] = ()
+) -> Pair:
+    """The model's and the dry run's bytes of a stage of a layout. `shares`, where its recompute is by stage: of each stage, the mode, and
+    for full the share of its layers that have it."""
     search, found = plan_of(graph, cluster, workload, layout)
     assert isinstance(found, Plan)
-    ends = [s.layers[1] for s in found.solution.stages]
-    name, what, parts = search.memory_of(0, ends, stage)
+    lengths = [s.layers[1] - s.layers[0] for s in found.solution.stages]
+    if layout.recompute == "by stage":
+        counts = [(mode, round(share * n) if mode == FULL else n if mode else 0) for (mode, share), n in zip(shares, lengths, strict=True)]
+        choices = tuple(Choice(mode, layers) for mode, layers in counts)
+        found = recomputing(found, choices)
+    else:
+        mode = RECOMPUTE.index(layout.recompute)
+        choices = tuple(Choice(mode, n if mode else 0) for n in lengths)
+    row, ends = search.row(layout), tuple(s.layers[1] for s in found.solution.stages)
+    stages = search.stages(row)
+    costs = stages.cost(ends, choices)
+    name, what, parts = search.memory_of(search.candidate(row, Cut(stages.step(costs), ends, choices, costs)), stage)
+    assert abs(sum(parts.values()) - costs[stage].live_bytes) <= 1e-9 * costs[stage].live_bytes
     run = dry_run(found, stage * (layout.devices // layout.pp))
     return Pair(
         graph.name, graph.precision, graph.seq, workload.optimizer, layout, found.microbatches, stage, sum(parts.values()),
-        f"{name} of {what}", parts, run,
+        f"{name} of {what}", parts, run, choices if layout.recompute == "by stage" else (),
     )  # fmt: skip
+
+
+def recomputing(plan: Plan, choices: Sequence[Choice]) -> Plan:
+    """The plan with each stage's own recompute."""
+    stages = [
+        s.model_copy(update={"recompute": RECOMPUTE[c.mode], "recompute_layers": c.layers if c.mode else None})
+        for s, c in zip(plan.solution.stages, choices, strict=True)
+    ]
+    layout = plan.layout.model_copy(update={"recompute": "by stage"})
+    solution = plan.solution.model_copy(update={"layout": layout, "stages": tuple(stages)})
+    return plan.model_copy(update={"solution": solution, "alternatives": ()})
 
 
 def show(p: Pair, out: Any = sys.stdout) -> None:
     """A pair in a few lines."""
     gib = 2.0**30
-    print(f"{100 * p.error:+6.2f} %  {p.model} {p.precision} seq {p.seq} {p.optimizer}  {p.layout}  m={p.microbatches} stage {p.stage}", file=out)
+    own = f": {RECOMPUTE[p.choices[p.stage].mode]} in {p.choices[p.stage].layers} layers" if p.choices else ""
+    where = f"{p.layout}  m={p.microbatches} stage {p.stage}{own}"
+    print(f"{100 * p.error:+6.2f} %  {p.model} {p.precision} seq {p.seq} {p.optimizer}  {where}", file=out)
     told = f"{p.run.phase} {p.run.module} {p.run.op}"
     print(f"          model {p.predicted_bytes / gib:.3f} GiB, {p.moment};  dry run {p.run.peak_bytes / gib:.3f} GiB, {told}", file=out)
     for k in sorted({*p.parts, *p.run.by_kind}):

@@ -146,8 +146,8 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
     few = m if whole else min(m, max(x.pp + (4 if on_cpu else 2), 4))
     short = plan.solution.program is not None and not whole
     own = plan.solution.stages[stage]
-    kinds = kinds_of([model.get_submodule(p) for p in plan.model.layer_paths])[first:last] if short else ()
-    kinds = tuple((k, own.recompute_of(i)) for i, k in enumerate(kinds))  # layers that recompute otherwise are of another kind
+    alike = kinds_of([model.get_submodule(p) for p in plan.model.layer_paths])[first:last] if short else ()
+    kinds = tuple((k, own.recompute_of(i)) for i, k in enumerate(alike))  # layers that recompute otherwise are of another kind
     counts = Counter(kinds)
     base = {k: min(n, FEW) for k, n in counts.items()}
 
@@ -426,7 +426,8 @@ def shortened(plan: Plan, stage: int, kept: Sequence[int] | None, microbatches: 
     flat = [layer for layers in chosen for layer in layers]
     at = {layer: i for i, layer in enumerate(flat)}
     ends = [sum(len(c) for c in chosen[: i + 1]) for i in range(len(chosen))]
-    covered = [o.recompute_layers if o.recompute_layers is None else sum(i - o.layers[0] < o.recompute_layers for i in c) for o, c in zip(s.stages, chosen)]
+    partly = [(o.layers[0], o.recompute_layers, c) for o, c in zip(s.stages, chosen, strict=True)]
+    covered = [None if k is None else sum(i - first < k for i in c) for first, k, c in partly]
     stages = [
         o.model_copy(update={"layers": (e - len(c), e), "recompute_layers": k}) for o, c, e, k in zip(s.stages, chosen, ends, covered, strict=True)
     ]

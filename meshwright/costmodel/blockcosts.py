@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from meshwright.costmodel import collectives
+from meshwright.costmodel.compute import backward_table, forward_table
 from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.costmodel.memory import SAVED_KINDS, BlockMemory, block_memory, last_needed, of_logits
 from meshwright.costmodel.model import CostModel
@@ -164,12 +165,13 @@ class Tables:
         self.expert_numel = np.array([expert_numel(s) for s in self.shardings[0]]) if self.shardings else np.zeros(0)
         self.numel = np.array([[m.numel for m in row] for row in memory]) - self.expert_numel  # of what is not an expert's
         self.shapes = [[m.shapes for m in row] for row in memory]
+        self.op_tables = lru_cache(maxsize=None)(lambda t, u: (forward_table(self.shardings[t][u]), backward_table(self.shardings[t][u])))
         self.expert_seconds = lru_cache(maxsize=None)(self._expert_seconds)
         self.memory = lru_cache(maxsize=None)(self._memory)
 
     def _expert_seconds(self, ep: int, etp: int) -> tuple[Array, Array]:
         """Seconds of the experts' products, forward and backward. [types, shardings, blocks, batches]"""
-        found: dict[tuple[int, int, bool], tuple[Array, Array]] = {}
+        found: dict[tuple[int, int, int], tuple[Array, Array]] = {}
         forward, backward = np.zeros_like(self.forward), np.zeros_like(self.backward)
         for d, (device, costs) in enumerate(self.devices):
             for t, row in enumerate(self.shardings):
@@ -178,7 +180,7 @@ class Tables:
                         continue
                     divided = s.ranks if any(op.kind == "experts" and op.name in s.divided for op in s.block.ops) else 1
                     if (d, u, divided) not in found:
-                        p = expert_seconds(s, device, self.batches, costs, ep, etp)
+                        p = expert_seconds(s, device, self.batches, costs, ep, etp, self.op_tables(t, u))
                         self.basis.update(p.basis)
                         found[d, u, divided] = p.forward.sum(1), p.backward.sum(1)
                     forward[d, t, u], backward[d, t, u] = found[d, u, divided]

@@ -57,7 +57,7 @@ def by_group(size: np.ndarray, stride: np.ndarray, seconds: Callable[[int, int, 
     out = np.zeros(like.shape)
     key = size.astype(np.int64) * (1 << 32) + stride
     order = np.argsort(key, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(key[order]) != 0])) if len(order) else []
+    starts: list[int] = np.flatnonzero(np.concatenate([[True], np.diff(key[order]) != 0])).tolist() if len(order) else []
     for a, b in zip(starts, [*starts[1:], len(order)]):
         rows = order[a:b]
         n = int(size[rows[0]])

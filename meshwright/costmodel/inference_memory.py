@@ -78,8 +78,8 @@ def _cache_bytes(sharded: ShardedBlock, batch: int, compute_bytes: float) -> flo
     total = 0.0
     for op in sharded.block.ops:
         if op.kind == "attention" and op.dims.get("causal"):
-            share = sharded.share(op.name)  # heads are divided as its output is
             d = op.dims
+            share = max(sharded.share(op.name), 1 / d["kv_heads"])  # heads are divided as its output is, and a rank has one at least
             total += batch * d["batch"] * d["kv"] * d["kv_heads"] * (d["head_dim"] + d["v_head_dim"]) * compute_bytes * share
     return total
 

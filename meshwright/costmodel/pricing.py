@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel import constants
-from meshwright.costmodel.compute import IN_STEP, backward_table, forward_table, op_seconds
+from meshwright.costmodel.compute import IN_STEP, OpTable, backward_table, forward_table, op_seconds
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.opprices import misaligned
 from meshwright.costmodel.sharded import ShardedBlock
@@ -142,14 +142,17 @@ def _experts(out: Priced, picked: list[int], sharded: ShardedBlock, device: Devi
     out.forward[:, picked], out.backward[:, picked] = found.forward[:, picked], found.backward[:, picked]
 
 
-def expert_seconds(sharded: ShardedBlock, device: Device, batches: np.ndarray, costs: CostModel | None, ep: int = 1, etp: int = 1) -> Priced:
+def expert_seconds(
+    sharded: ShardedBlock, device: Device, batches: np.ndarray, costs: CostModel | None, ep: int = 1, etp: int = 1,
+    tables: tuple[OpTable, OpTable] | None = None,
+) -> Priced:  # fmt: skip
     """Grouped products of experts on one rank, other ops zero: with balanced routing as many rows over 1 / ep of the experts, or, with
     expert tensor parallelism, `etp` times the rows over a part of each expert. Where only dense products were measured, as dense ones
-    of the mean expert's size. [batches, ops]"""
+    of the mean expert's size. `tables` are the block's forward and backward, if they are at hand. [batches, ops]"""
     b, ops = np.asarray(batches, float), sharded.block.ops
     picked = [i for i, op in enumerate(ops) if op.kind == "experts"]
     out = Priced(np.zeros((len(b), len(ops))), np.zeros((len(b), len(ops))))
-    for seconds, table in ((out.forward, forward_table(sharded)), (out.backward, backward_table(sharded))):
+    for seconds, table in zip((out.forward, out.backward), tables or (forward_table(sharded), backward_table(sharded))):
         local = np.array([1.0 / (ep * etp), float(1)])  # weights are the constant part of what is moved
         seconds[:, picked] = op_seconds(replace(table, bytes=table.bytes * local), device, b)[:, picked]
     if costs is None:

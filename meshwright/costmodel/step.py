@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Priced:
         return self.forward + self.backward
 
     def take(self, rows: Array) -> Priced:
-        out = {}
+        out: dict[str, Any] = {}
         for f in fields(self):
             x = getattr(self, f.name)
             if isinstance(x, dict):
@@ -367,10 +368,19 @@ class Bound:
         state = np.where(x.offload == OFFLOADS.index("none"), self.state_bytes(x), 0.0)[:, None]
         fsdp = (x.dp * x.cp > 1)[:, None] | (self.compute_bytes < MASTER)
         whole = ~free & (zero < 3)
-        gathered = np.where(fsdp & whole, self.compute_bytes * numel, 0.0)
+        outside = ~self.repeated & ~free  # ZeRO 3 keeps what is outside the layers gathered too
+        gathered = np.where(fsdp & (whole | outside), self.compute_bytes * numel, 0.0)
         many = x.microbatches[:, None] > 1
         gradients = np.where(many, REDUCED * np.where(~free & (zero < 2), numel, local), 0.0)
         return np.asarray((MASTER + state) * local + gathered + gradients)
+
+    def host_bytes(self, x: Layouts) -> Array:
+        """Bytes of optimizer state that the host of a node holds, its devices together, taking the stages as equal. [layouts]"""
+        t = self.sharding_of(x)
+        shards, eshards = np.where(x.zero == 0, 1, x.shards), np.where(x.zero == 0, 1, x.expert_shards)
+        dense, experts = self.tables.numel[t] @ self.counts, float(self.tables.expert_numel @ self.counts) / (x.ep * x.etp)
+        held = self.cluster.devices_per_node * self.state_bytes(x) * (dense / shards + experts / eshards) / x.pp
+        return np.where(x.offload == OFFLOADS.index("optimizer"), held, 0.0)
 
     def tied_numel(self, x: Layouts) -> Array:
         """Parameters that blocks count twice where one rank holds both, of each layout."""

@@ -5,8 +5,9 @@ relaxes a stage to a mixture of layers: stage s, with f microbatches in flight, 
 
     sum_r c_r x_r <= T        sum_r (held + f kept_r) x_r <= memory        n_s(T) = max sum_r x_r
 
-and no cut whose slowest stage takes T exists unless the n_s(T), rounded down, add up to the model's layers. The least such T is a bound. The
-optimum of the two-row programme has at most two modes, so that n_s(T) is the largest of six closed forms. Layers of unlike kinds are
+and no cut whose slowest stage takes T exists unless the n_s(T), rounded down, add up to the model's layers. The least such T is a bound. A
+stage recomputes nothing, selectively, or its first layers in full, so that there are at most two modes in it and n_s(T) is the largest of
+a few closed forms. While its last layer runs backward, what that takes beyond what it keeps comes on top (`Peaks`). Layers of unlike kinds are
 bounded kind by kind, since leaving the others out only makes room, and all together as if each were the least of its kinds.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.costmodel.layouts import FREE, SCHEDULES, V_SHAPED, Layouts
+from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, RECOMPUTE, SCHEDULES, V_SHAPED, Layouts
 from meshwright.costmodel.memory import MASTER, REDUCED
 from meshwright.costmodel.step import Bound, Priced, in_flight
 
@@ -41,6 +42,18 @@ class Ends:
         first, last = (repeated[0], repeated[-1]) if len(repeated) else (len(bound.order), len(bound.order))
         inside = bound.order[first : last + 1]
         return cls(bound.order[:first], bound.order[last + 1 :], inside[~bound.repeated[inside]], bound.order[repeated])
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes while a block runs backward beyond what it keeps: of each block by recompute mode, and of the loss. Nothing where a step has so
+    few microbatches that gathered parameters may be gone by then."""
+
+    block: Array  # [layouts, 3, blocks]
+    head: Array  # [layouts]
+
+    def take(self, rows: Array) -> Peaks:
+        return Peaks(self.block[rows], self.head[rows])
 
 
 class Bounds:
@@ -78,15 +91,41 @@ class Bounds:
         tied = self.bound.tied_numel(x) * (MASTER + REDUCED + self.bound.compute_bytes + 8.0)
         return np.asarray(((p.held + kept) @ self.bound.counts - tied) / x.pp - p.carry)
 
-    def relaxed(self, x: Layouts, p: Priced, capacity: Array, slowest: Array) -> Array:
-        """The least seconds that the slowest stage may take by the relaxation, at least `slowest`; infinite if nothing fits. [layouts]"""
+    def peaks(self, x: Layouts, p: Priced) -> Peaks:
+        """From the exact liveness of each block, worked out once for each microbatch, degree and loss."""
+        block, head = np.zeros((len(x), 3, len(self.bound.counts))), np.zeros(len(x))
+        keys = np.stack([p.sharding, x.micro_batch, x.cp, x.ep * x.etp, x.loss], axis=1)
+        for key in np.unique(keys, axis=0):
+            rows = np.flatnonzero((keys == key).all(axis=1))
+            t, batch, cp, ep, loss = (int(v) for v in key)
+            for u in {*self.kinds.tolist(), *self.ends.after.tolist()}:
+                m = self.bound.tables.memory(t, u, float(batch), cp, ep, LOSS_CHUNKS if LOSSES[loss] == "chunked" else 1)
+                backward = float((m.backward if self.bound.compute_bytes < MASTER else m.backward_in_place)[0])
+                if u in self.kinds:
+                    beyond = [max(backward + float((m.again(r) - m.kept(r))[0]), 0.0) for r in RECOMPUTE]
+                    block[rows, :, u] = beyond
+                else:
+                    head[rows] = np.maximum(head[rows], backward)
+        many = (x.microbatches > 2) | (x.pp > 1)
+        block = block + np.where(x.zero == 3, self.bound.compute_bytes, 0.0)[:, None, None] * (p.dense + p.experts)[:, None, :]  # gathered to run
+        return Peaks(block * many[:, None, None], head * many)
+
+    def relaxed(
+        self, x: Layouts, p: Priced, capacity: Array, slowest: Array, ceiling: Array | None = None, peaks: Peaks | None = None
+    ) -> Array:
+        """The least seconds that the slowest stage may take by the relaxation, at least `slowest`; infinite if nothing fits. Where it is at
+        or above `ceiling`, that is what is returned. [layouts]"""
         out = slowest.copy()
+        top = np.full(len(x), np.inf) if ceiling is None else ceiling
         for pp in np.unique(x.pp):
             rows = np.flatnonzero(x.pp == pp)
-            out[rows] = self._relaxed(x.take(rows), p.take(rows), capacity[rows], slowest[rows], int(pp))
+            own = peaks.take(rows) if peaks is not None else None
+            out[rows] = self._relaxed(x.take(rows), p.take(rows), capacity[rows], slowest[rows], top[rows], int(pp), own)
         return out
 
-    def _relaxed(self, x: Layouts, p: Priced, capacity: Array, slowest: Array, pp: int) -> Array:
+    def _relaxed(
+        self, x: Layouts, p: Priced, capacity: Array, slowest: Array, ceiling: Array, pp: int, peaks: Peaks | None
+    ) -> Array:
         n = len(x)
         free = x.schedule == FREE
         schedule = np.where(free, 0, x.schedule)  # no schedule of the space holds less than 1F1B
@@ -100,6 +139,7 @@ class Bounds:
         last = np.where(free, 0.0, p.held[:, ends.after].sum(axis=1))
         v = np.isin(x.schedule, V_SHAPES)
         at_last = np.where(v, 0, pp - 1)
+        room -= np.where(free, 0.0, x.microbatches * p.carry)[:, None] * _links(pp, x.vpp, v)  # receive buffers
         room[:, 0] -= first
         room[np.arange(n), at_last] -= last
         c = p.c.min(axis=0)
@@ -111,22 +151,59 @@ class Bounds:
         whole = c[:, None] + again  # [n, 3, blocks]
         for kinds in [self.kinds[i : i + 1] for i in range(len(self.kinds))] + ([self.kinds] if len(self.kinds) > 1 else []):
             layers = float(np.isin(ends.layers, kinds).sum())
-            cost = [whole[:, r, kinds].min(axis=1) for r in self.modes]  # [n]
+            cost = [whole[:, r, kinds].min(axis=1) for r in range(3)]  # [n]
             held = p.held[:, kinds].min(axis=1)[:, None]
-            memory = [held + flying * p.kept[:, r, kinds].min(axis=1)[:, None] for r in self.modes]  # [n, pp]
+            kept = [p.kept[:, r, kinds].min(axis=1)[:, None] for r in range(3)]
+            memory = [held + flying * k for k in kept]  # [n, pp]
+            last_of = np.zeros((n, pp))
+            beyond = [last_of] * 3
+            if peaks is not None:
+                last_of[np.arange(n), at_last] = peaks.head
+                beyond = [np.maximum(last_of, peaks.block[:, r, kinds].min(axis=1)[:, None]) for r in range(3)]
 
-            def enough(t: Array, cost: list[Array] = cost, memory: list[Array] = memory, layers: float = layers) -> Array:
-                return np.asarray(np.floor(_most(t[:, None] - busy, room, cost, memory) + SLACK).sum(axis=1) >= layers)
+            def enough(
+                t: Array, rows: Array, cost: list[Array] = cost, memory: list[Array] = memory, kept: list[Array] = kept, layers: float = layers,
+                last_of: Array = last_of, beyond: list[Array] = beyond,
+            ) -> Array:  # fmt: skip
+                time, space = t[:, None] - busy[rows], room[rows]
+                c, m = [y[rows] for y in cost], [y[rows] for y in memory]
 
-            below, above = low, (layers + 1) * np.max(cost, axis=0) + busy.sum(axis=1) + 2 * low
-            possible &= enough(above)
-            tight = ~enough(below)
-            for _ in range(HALVINGS if (tight & possible).any() else 0):
-                middle = 0.5 * (below + above)
-                ok = enough(middle)
-                above, below = np.where(ok, middle, above), np.where(ok, below, middle)
-            low = np.where(tight, below, low)
+                def most(extra: Array, modes: tuple[int, ...], memory: list[Array] = m) -> Array:
+                    return _most(time, space - extra[rows], [c[r] for r in modes], [memory[r] for r in modes])
+
+                found = [most(beyond[r], (r,)) for r in self.modes if peaks is not None or r == 1 or len(self.modes) == 1]
+                if len(self.modes) == 3:
+                    mixed = most(last_of, (2, 0))
+                    if peaks is not None:  # while the last layer that recomputes runs backward, those behind it are done
+                        mixed = np.minimum(mixed, most(beyond[2], (2, 0), [m[0] - kept[0][rows], m[1], m[2]]))
+                    found.append(mixed)
+                return np.asarray(np.floor(np.max(found, axis=0) + SLACK).sum(axis=1) >= layers)
+
+            rows = np.arange(n)
+            most_s = (layers + 1) * np.max([cost[r] for r in self.modes], axis=0) + busy.sum(axis=1) + 2 * low  # one stage could hold all
+            possible &= enough(most_s, rows)
+            rows = rows[possible]
+            rows = rows[~enough(low[rows], rows)]
+            above = np.minimum(most_s, np.maximum(ceiling, low))[rows]
+            far = ~enough(above, rows)
+            low[rows[far]] = above[far]
+            rows, above = rows[~far], above[~far]
+            for _ in range(HALVINGS if len(rows) else 0):
+                middle = 0.5 * (low[rows] + above)
+                ok = enough(middle, rows)
+                above = np.where(ok, middle, above)
+                low[rows] = np.where(ok, low[rows], middle)
         return np.where(possible, low, np.inf)
+
+
+def _links(pp: int, vpp: Array, v: Array) -> Array:
+    """Transfers into each rank for a microbatch, forward and backward. [layouts, pp]"""
+    if pp == 1:
+        return np.zeros((len(vpp), 1))
+    out = np.repeat(2.0 * vpp[:, None], pp, axis=1)
+    out[:, 0] -= np.where(v, 2, 1)
+    out[:, -1] -= np.where(v, 2, 1)
+    return out
 
 
 def _most(time: Array, room: Array, cost: list[Array], memory: list[Array]) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 from meshwright.planner.check import Figures, Setting
 from meshwright.planner.explain import enough_memory
-from meshwright.planner.plan import Layout, Workload
+from meshwright.planner.plan import Workload
 from meshwright.planner.search import Candidate, Search
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.solve import _prediction
@@ -53,10 +53,8 @@ def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> 
 def _one_free(asked: Any, workload: Workload, key: str, free: tuple[str, ...], figures: Figures) -> list[Setting]:
     """The cheapest layout that fits and differs from what is held in one part alone."""
     fixed = {k: v for k, v in asked.fixed.items() if k not in free}
-    if "dp" in free and fixed.get("zero"):  # on one replica there is nothing to shard over
-        options = [fixed, {**fixed, "zero": 0}]
-    else:
-        options = [fixed]
+    alone = "dp" in free and fixed.get("zero")  # on one replica there is nothing to shard over
+    options = [fixed, {**fixed, "zero": 0}] if alone else [fixed]
     best: tuple[Search, Candidate] | None = None
     for option in options:
         try:

@@ -16,9 +16,9 @@ from meshwright.planner.checkconfig import CheckConfig, CheckSpec
 from meshwright.planner.checknearest import nearest_infer, nearest_train, search_of
 from meshwright.planner.plan import Layout, Plan, Range, Workload
 from meshwright.planner.search import Search
+from meshwright.planner.shardedmodel import shard_model
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.solve import _prediction, cost_model, parse_limit
-from meshwright.planner.shardedmodel import shard_model
 from meshwright.planner.space import FIXABLE, divisors
 from meshwright.profiling.cluster import Cluster, parse_cluster
 from meshwright.profiling.errors import InputError
@@ -129,9 +129,10 @@ def ask(spec: CheckSpec, graphs: Graphs) -> Asked:
 
 
 def held_of(plan: Plan) -> dict[str, Any]:
-    """What a plan's layout holds of a check; recompute that differs by stage is solved again."""
-    found = {k: getattr(plan.layout, k) for k in FIXABLE}
-    return {k: v for k, v in found.items() if (k, v) != ("recompute", "by stage")}
+    """What a plan's layout holds of a check; recompute that differs by stage is solved again, and a loss that is not in chunks is plain or
+    on shards of the classes as the tensor-parallel degree has it."""
+    free = (("recompute", "by stage"), ("loss", "plain"), ("loss", "vocab_parallel"))
+    return {k: getattr(plan.layout, k) for k in FIXABLE if (k, getattr(plan.layout, k)) not in free}
 
 
 def evaluate_train(asked: Asked) -> tuple[Figures, Search]:

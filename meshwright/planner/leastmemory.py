@@ -111,8 +111,8 @@ class LeastMemorySearch:
         dense = tab.numel[t]
         experts = np.where(tab.expert_numel > 0, tab.expert_numel / (x.ep * x.etp)[:, None], 0.0)
         held, c = self.bound._held(x, dense, experts), self.bound.compute_bytes
-        # under ZeRO 3 what is outside the layers stays gathered, as all is under the others
-        gathered = ((x.zero == 3) | (x.zero == FREE)) & ((x.dp * x.cp > 1) | (c < MASTER))
+        # what is outside the layers stays gathered under every ZeRO stage, which `held` knows where the stage is chosen
+        gathered = (x.zero == FREE) & ((x.dp * x.cp > 1) | (c < MASTER))
         held = held + np.where(gathered[:, None] & ~self.bound.repeated, c * (dense + experts), 0.0)
         return held, tab.kept[t, :, :, k], dense + experts
 

@@ -64,7 +64,8 @@ def map_ranks(search: Search, candidates: tuple[Candidate, ...], seconds: float 
             continue
         held = {k: getattr(c.layout, k) for k in ("tp", "sp", "cp", "cp_kind", "pp", "vpp", "dp", "zero", "replicas", "ep", "etp", "micro_batch",
                                                   "schedule", "offload", "state_dtype")}  # fmt: skip
-        mapped = Search(search.space.like(apply_order(cluster, placed.order), search.space.workload, {**search.space.fixed, **held}), search.limit_bytes)
+        space = search.space.like(apply_order(cluster, placed.order), search.space.workload, {**search.space.fixed, **held})
+        mapped = Search(space, search.limit_bytes)
         found = mapped.evaluate(c.row)
         if found is not None and found.step_s < least:
             best, least = (mapped, found, placed), found.step_s

@@ -530,8 +530,8 @@ def _verify_prediction(plan: Plan) -> list[str]:
         out.append(f"prediction.memory_bytes.limit: {m.limit:g} is over the capacity {m.capacity:g}")
     s = plan.solver
     if s.space != s.pruned_by_memory + s.pruned_by_bound + s.evaluated + s.open:
-        parts = f"{s.pruned_by_memory} + {s.pruned_by_bound} + {s.evaluated} + {s.open}"
-        out.append(f"solver: {parts} layouts are not the {s.space} of the space")
+        counted = f"{s.pruned_by_memory} + {s.pruned_by_bound} + {s.evaluated} + {s.open}"
+        out.append(f"solver: {counted} layouts are not the {s.space} of the space")
     if plan.alternatives and plan.alternatives[0].layout != plan.layout:
         out.append("alternatives[0].layout: the first alternative is the solution")
     return out

@@ -29,6 +29,7 @@ from meshwright.planner.stages import Choice, Cut, StageProblem, Stages
 from meshwright.profiling.errors import InputError
 
 TIE = 1e-12  # relative
+AGAIN = 64  # layouts on the heap that are bounded once more at a time
 FIRST, MORE = 8, 512  # rows of degrees that are given details at once: at first, and later
 
 
@@ -87,6 +88,7 @@ class Search:
         if not len(space.graph.layers):
             self.modes = (0,)
         self.bounds = Bounds(self.bound, self.modes)
+        self._host_bytes = space.cluster.host.memory_bytes if space.cluster.host is not None else 0.0
         memories = [d.memory_bytes for d in self.bound.devices]
         self._most_memory = max(memories) / min(memories)
         self._details, self._which = space.details_of(self.degrees)
@@ -107,9 +109,10 @@ class Search:
     # -- what a layout may hold
 
     def capacity(self, x: Layouts) -> np.ndarray:
-        """Live bytes that a rank of each layout may have."""
+        """Live bytes that a rank of each layout may have; none where the host has no room for what is offloaded to it."""
         tight = self.bound.reported(x).device[1]
-        return np.asarray((self.limit_bytes - np.asarray(tight.fixed)) / tight.slope)
+        room = np.asarray((self.limit_bytes - np.asarray(tight.fixed)) / tight.slope)
+        return np.where(self.bound.host_bytes(x) > self._host_bytes, -1.0, room)
 
     def device_bytes(self, x: Layouts, live: float) -> DeviceBytes:
         """What the device of a rank of a layout (one row) reports for `live` bytes, by metric."""
@@ -168,9 +171,10 @@ class Search:
         share = np.array([min(devices[i].memory_bytes for i in s) / least for s in sets])
         return (unique, [unique.index(s) for s in sets]), share
 
-    def evaluate(self, x: Layouts, cutoff: float = np.inf) -> Candidate | None:
-        """A layout (one row) with its cheapest cut that fits and takes less than `cutoff`, or None."""
-        cut = self.stages(x).best(cutoff)
+    def evaluate(self, x: Layouts, cutoff: float = np.inf, p: Priced | None = None) -> Candidate | None:
+        """A layout (one row) with its cheapest cut that fits and takes less than `cutoff`, or None; `p` if it is priced already."""
+        p = p or self.bound.price(x)
+        cut = self._stages(x, p, float(self.capacity(x)[0]), self.modes).best(cutoff)
         return None if cut is None else self.candidate(x, cut)
 
     def candidate(self, x: Layouts, cut: Cut) -> Candidate:
@@ -293,9 +297,10 @@ class _Run:
         self.started = time.perf_counter()
         self.n = _Counts()
         self.best: list[Candidate] = []
-        self.heap: list[tuple[float, int]] = []  # bound, order of arrival
+        self.heap: list[tuple[float, int, int]] = []  # bound, whether with peaks, order of arrival
         self.rows: list[Layouts] = []  # in order of arrival, in parts
         self.starts: list[int] = [0]
+        self.ready: dict[int, Priced] = {}  # by order of arrival, of those that are about to be evaluated
 
     @property
     def threshold(self) -> float:
@@ -337,19 +342,22 @@ class _Run:
             n.bound += left
         return self._outcome(bound, left if late else 0)
 
-    def _bounds(self, x: Layouts, refine: bool, ratio: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds on the step of each layout, and whether it may fit."""
+    def _bounds(self, x: Layouts, refine: bool, ratio: np.ndarray | None = None, peaks: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds on the step of each layout, and whether it may fit; `peaks`: with the exact liveness of its blocks."""
         s = self.s
-        p = s.bound.price(x, ratio)
-        self.n.priced += len(x)
+        p = self.priced = s.bound.price(x, ratio)
+        self.n.priced += 0 if peaks else len(x)
         step, slowest, rest = s.bounds.step(x, p)
         capacity = s.capacity(x) * s._most_memory
         fits = s.bounds.live(x, p) <= capacity
         rows = np.flatnonzero(fits & (step < self.threshold))
         if refine and len(rows):
-            found = s.bounds.relaxed(x.take(rows), p.take(rows), capacity[rows], slowest[rows])
+            per = (x.microbatches - p.ratio)[rows]
+            ceiling = np.where(per > 0, (self.threshold - rest[rows]) / np.maximum(per, 1e-30), np.inf)  # beyond, it is pruned
+            y, q = x.take(rows), p.take(rows)
+            found = s.bounds.relaxed(y, q, capacity[rows], slowest[rows], ceiling, s.bounds.peaks(y, q) if peaks else None)
             fits[rows] &= np.isfinite(found)
-            step[rows] = np.where(np.isfinite(found), (x.microbatches - p.ratio)[rows] * np.where(np.isfinite(found), found, 0.0) + rest[rows], step[rows])
+            step[rows] = np.where(np.isfinite(found), per * np.where(np.isfinite(found), found, 0.0) + rest[rows], step[rows])
         return step, fits
 
     def _add(self, rows: np.ndarray) -> None:
@@ -372,7 +380,7 @@ class _Run:
         good = fits & (bounds < self.threshold)
         n.bound += int((fits & ~good).sum())
         kept = np.flatnonzero(good)
-        self.heap += [(bound, self.starts[-1] + i) for i, bound in enumerate(bounds[kept].tolist())]
+        self.heap += [(bound, 0, self.starts[-1] + i) for i, bound in enumerate(bounds[kept].tolist())]
         heapq.heapify(self.heap)
         self.rows.append(x.take(kept))
         self.starts.append(self.starts[-1] + len(kept))
@@ -384,10 +392,27 @@ class _Run:
         return self.rows[part].take(slice(at, at + 1))
 
     def _take(self) -> None:
-        """Evaluates the first layout on the heap."""
-        row = self._arrived(heapq.heappop(self.heap)[1])
+        """Evaluates the first layout on the heap, or bounds the first ones once more."""
+        if not self.heap[0][1]:
+            taken: list[tuple[float, int, int]] = []
+            while self.heap and len(taken) < AGAIN:
+                taken.append(heapq.heappop(self.heap))
+            first = [t for t in taken if not t[1]]
+            for t in taken:
+                if t[1]:
+                    heapq.heappush(self.heap, t)
+            x = Layouts.join([self._arrived(t[2]) for t in first])
+            bounds, fits = self._bounds(x, refine=True, peaks=True)
+            self.n.memory += int((~fits).sum())
+            self.n.bound += int((fits & (bounds >= self.threshold)).sum())
+            for i in np.flatnonzero(fits & (bounds < self.threshold)):
+                heapq.heappush(self.heap, (max(float(bounds[i]), first[i][0]), 1, first[i][2]))
+                self.ready[first[i][2]] = self.priced.take(np.array([i]))
+            return
+        order = heapq.heappop(self.heap)[2]
+        row = self._arrived(order)
         self.n.evaluated += 1
-        found = self.s.evaluate(row, self.threshold * (1 + TIE))
+        found = self.s.evaluate(row, self.threshold * (1 + TIE), self.ready.pop(order))
         if found is None:
             self.n.infeasible += 1
         else:
@@ -410,7 +435,8 @@ class _Run:
 
 def order_of(x: Layout) -> tuple[Any, ...]:
     """Of layouts that take equally long, the plainer first."""
-    return (x.cp, x.etp, x.offload, x.loss == "chunked", x.vpp, SCHEDULES.index(x.schedule), x.replicas, x.tp, x.sp, x.ep, x.pp, x.zero, x.micro_batch)
+    schedule = SCHEDULES.index(x.schedule)
+    return (x.cp, x.etp, x.offload, x.loss == "chunked", x.vpp, schedule, x.replicas, x.tp, x.sp, x.ep, x.pp, x.zero, x.micro_batch)
 
 
 __all__ = ["Candidate", "Choice", "Outcome", "Search", "chunks_of", "order_of", "recompute_of"]

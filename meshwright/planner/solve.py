@@ -214,9 +214,10 @@ def prepare(
 
 
 def plan_of(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, costs: CostModel | None = None) -> tuple[Search, Plan]:
-    """The plan of one layout, whether it is the best or not, with the search that priced it. InputError if it is not in the space or
-    does not fit the devices."""
-    fixed = {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in (("recompute", "by stage"), ("loss", "plain"))}
+    """The plan of one layout, whether it is the best or not, with the search that priced it. Recompute by stage is solved; with tp > 1 a
+    plain loss is whatever the sharding makes of it. InputError if the layout is not in the space or does not fit the devices."""
+    free = {("recompute", "by stage"), *([("loss", "plain")] if layout.tp > 1 else [])}
+    fixed = {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in free}
     limit_bytes = cluster.device.memory_bytes
     search = Search(Space(graph, cluster, workload, fixed, costs), limit_bytes)
     outcome = search.run(1)
@@ -366,7 +367,8 @@ def virtual_stage_seconds(search: Search, c: Candidate) -> tuple[list[float], li
         outside = [*([ends.before, ends.between] if first == 0 else []), *([ends.after] if last == len(ends.layers) else [])]
         extra = np.concatenate(outside).astype(int) if outside else np.zeros(0, int)
         blocks, modes = np.concatenate([extra, layers]).astype(int), np.concatenate([np.zeros(len(extra), int), modes]).astype(int)
-        rows = [(p.forward[k, 0, blocks].sum(), (p.backward[k, 0, blocks] + p.again[k, 0, modes, blocks]).sum(), weights[k, blocks].sum()) for k in kinds]
+        backward = p.backward[:, 0, blocks] + p.again[:, 0, modes, blocks]
+        rows = [(p.forward[k, 0, blocks].sum(), backward[k].sum(), weights[k, blocks].sum()) for k in kinds]
         fs, whole, ws = (float(v) for v in max(rows, key=lambda r: r[0] + r[1]))
         f.append(fs)
         b.append(whole - min(ws, whole))

@@ -140,7 +140,9 @@ class Space:
             self.skipped[f"{name}: {made}"] += 1
             return
         if self.runnable and any(b.kv_replicated for b in made):
-            self.skipped[f"{name}: key-value heads would be replicated, which apply does not run yet"] += 1
+            kv = self.heads[1]
+            why = f"{kv} key-value heads are not divisible by {tp}, and apply does not replicate them yet"
+            self.skipped[f"{name}: {why if kv % tp else 'key-value heads would be replicated, which apply does not run yet'}"] += 1
             return
         self.shardings[tp, sp] = made
 
@@ -303,7 +305,8 @@ class Space:
         return [LOSSES.index(n) for n in self._names("loss", ("vocab_parallel",) if divided else plain)]
 
     def schedules(self, pp: int, microbatches: int) -> list[tuple[int, int]]:
-        """(schedule, chunks of a rank) that so many stages and microbatches may have. GPipe takes as long as 1F1B and holds more: only where it is asked for."""
+        """(schedule, chunks of a rank) that so many stages and microbatches may have. GPipe takes as long as 1F1B and holds more: only where
+        it is asked for."""
         vpp, out = self.fixed.get("vpp"), []
         if pp == 1:
             return [(0, 1)] if vpp in (None, 1) and self.fixed.get("schedule", "1f1b") in ("1f1b", "gpipe") else []
@@ -372,8 +375,9 @@ def to_arrays(layouts: list[Layout], workload: Workload) -> Layouts:
     def column(f: Any) -> np.ndarray:
         return np.array([f(x) for x in layouts], np.int64)
 
+    same = ("tp", "sp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero", "replicas", "vpp")
     return Layouts.of(
-        **{k: column(lambda x, k=k: int(getattr(x, k))) for k in ("tp", "sp", "cp", "pp", "dp", "ep", "etp", "micro_batch", "zero", "replicas", "vpp")},
+        **{k: column(lambda x, k=k: int(getattr(x, k))) for k in same},
         ulysses=column(lambda x: int(x.cp_kind == "ulysses")), schedule=column(lambda x: SCHEDULES.index(x.schedule)),
         microbatches=column(lambda x: workload.global_batch // (x.dp * x.micro_batch)), loss=column(lambda x: LOSSES.index(x.loss)),
         state=column(lambda x: STATE_DTYPES.index(x.state_dtype)), offload=column(lambda x: OFFLOADS.index(x.offload)),

@@ -20,6 +20,7 @@ from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.trace import trace
 from meshwright.report.dryrun import dry_run_document, render_dry_run
+from tests.made_plans import recomputing
 
 ROOT = Path(__file__).parent.parent.parent
 WIDTHS = {
@@ -47,7 +48,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelGraph]:
 
 
 def planned(graph: ModelGraph, fix: str, batch: int = 32) -> Plan:
-    made = plan(graph, "8xH100-SXM", global_batch=batch, seq=SEQ, fix=parse_fix(fix))
+    made = plan(graph, "8xH100-SXM", global_batch=batch, seq=SEQ, fix=parse_fix(fix), runnable=True)
     assert isinstance(made, Plan), made
     return made
 
@@ -77,6 +78,33 @@ def test_a_shortened_run_is_the_whole(graphs: dict[str, ModelGraph], model: str,
     assert short.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.005)
     assert sum(short.by_kind.values()) == pytest.approx(short.peak_bytes)
     assert counts(short) == counts(whole)
+
+
+BY_STAGE: list[tuple[str, str, list[dict[str, object]], int]] = [
+    ("llama", "dp=8,tp=1,pp=1,zero=3", [{"recompute": "full", "recompute_layers": 5}], 0),
+    ("llama", "pp=2,tp=2,sp=on,dp=2,zero=1,micro_batch=2", [{"recompute": "full", "recompute_layers": 1}, {"recompute": "none"}], 0),
+    ("llama", "pp=2,tp=2,sp=on,dp=2,zero=1,micro_batch=2", [{"recompute": "full", "recompute_layers": 1}, {"recompute": "none"}], 4),
+    ("llama", "pp=2,tp=1,dp=4,zero=2,micro_batch=1", [{"recompute": "selective"}, {"recompute": "full", "recompute_layers": 4}], 0),
+    ("llama", "pp=2,tp=1,dp=4,zero=2,micro_batch=1", [{"recompute": "selective"}, {"recompute": "full", "recompute_layers": 4}], 4),
+    ("two-kinds", "dp=8,tp=1,pp=1,zero=3,micro_batch=4", [{"recompute": "full", "recompute_layers": 7}], 0),
+]
+
+
+@pytest.mark.parametrize(("model", "fix", "stages", "rank"), BY_STAGE)
+def test_a_shortened_run_of_recompute_by_stage_is_the_whole(
+    graphs: dict[str, ModelGraph], model: str, fix: str, stages: list[dict[str, object]], rank: int
+) -> None:
+    """Also where stages recompute differently, or some of their layers; each of them peaks as its own recompute has it."""
+    plain = planned(graphs[model], f"{fix},recompute=none")
+    made = recomputing(plain, stages)
+    short, whole = dry_run(made, rank), dry_run(made, rank, whole=True)
+
+    assert (short.layers_run, short.microbatches_run) < (whole.layers_run, whole.microbatches_run)
+    assert short.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.005)
+    assert counts(short) == counts(whole)
+    other = dry_run(plain, rank, whole=True).peak_bytes
+    own = stages[rank // (8 // len(stages))]
+    assert whole.peak_bytes == other if own["recompute"] == "none" else whole.peak_bytes < other
 
 
 def test_a_shortened_gpipe_is_the_whole(piped: Plan) -> None:
@@ -159,7 +187,7 @@ def test_shapes_that_do_not_fit_name_the_module(piped: Plan) -> None:
 def test_experts_in_fp32(graphs: dict[str, ModelGraph]) -> None:
     """Grouped products, whose fake kernel refuses fp32, run in it."""
     graph = trace(graphs["two-kinds"].source, seq=SEQ, precision="fp32")
-    made = plan(graph, "2xcpu", global_batch=4, seq=SEQ, fix={"dp": 2, "zero": 3})
+    made = plan(graph, "2xcpu", global_batch=4, seq=SEQ, fix={"dp": 2, "zero": 3}, runnable=True)
     assert isinstance(made, Plan)
 
     assert dry_run(made, 1).peak_bytes > 0
@@ -167,7 +195,7 @@ def test_experts_in_fp32(graphs: dict[str, ModelGraph]) -> None:
 
 def test_a_model_without_a_program() -> None:
     """A model whose code around the layers is not known runs whole, on one stage."""
-    made = plan(f"{ROOT}/examples/models/unet.py:build", "8xH100-SXM", global_batch=64, seq=1, fix={"dp": 8, "zero": 2})
+    made = plan(f"{ROOT}/examples/models/unet.py:build", "8xH100-SXM", global_batch=64, seq=1, fix={"dp": 8, "zero": 2}, runnable=True)
     assert isinstance(made, Plan)
     found = dry_run(made)
 

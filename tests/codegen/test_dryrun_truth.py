@@ -95,6 +95,9 @@ CASES = [
     case("llama", tp=2, sp=True, dp=2, zero=1), case("gpt2", pp=2, dp=2, zero=2), case("qwen3", pp=2, tp=2, sp=True, recompute="full"),
     case("llama", pp=4), case("mixer", tp=2, dp=2, zero=3, recompute="selective"), case("llama", "bf16", pp=2, dp=2, zero=1),
 ]  # fmt: skip
+# The mixer's head has 10 rows of 32 and a bias: 5 on a tensor-parallel rank, 3 and 2 on its two data-parallel ones. The rank with 2 has
+# both moments of a row less; the parameter itself is padded.
+FEWER = {case("mixer", tp=2, dp=2, zero=3, recompute="selective"): 2 * 4 * (32 + 1)}
 
 
 @dataclass
@@ -270,7 +273,7 @@ class Bench:
         fix = case.layout
         if fix["pp"] > 1 or fix["dp"] > 1:
             fix["micro_batch"] = BATCH // fix["dp"] // (2 * fix["pp"])
-        made = plan(self.graphs[key], f"{case.world}xcpu", global_batch=BATCH, seq=SEQ, fix=fix, precision=case.precision)
+        made = plan(self.graphs[key], f"{case.world}xcpu", global_batch=BATCH, seq=SEQ, fix=fix, precision=case.precision, runnable=True)
         assert isinstance(made, Plan), made
         return made
 
@@ -320,11 +323,13 @@ def test_only_known_operators_hold_memory_inside(bench: Bench, case: Case) -> No
 
 
 def test_ranks_of_a_stage_are_alike(bench: Bench) -> None:
-    """Ranks of one pipeline stage hold the same, so that a dry run of one of them speaks for its stage."""
+    """Ranks of one pipeline stage hold the same, but for rows that they cannot share evenly, of which the first has most: its dry run
+    speaks for its stage."""
     for case in CASES:
         found = [t.allocated for t in bench.truth(case)]
         per_stage = case.world // case.layout["pp"]
-        assert all(len(set(found[i : i + per_stage])) == 1 for i in range(0, case.world, per_stage)), case
+        for i in range(0, case.world, per_stage):
+            assert {found[i] - x for x in found[i : i + per_stage]} == {0, FEWER.get(case, 0)}, case
 
 
 def test_experts(tmp_path: Path) -> None:
@@ -335,7 +340,7 @@ def test_experts(tmp_path: Path) -> None:
     )  # fmt: skip
     path = tmp_path / "mixtral.json"
     path.write_text(json.dumps(config.to_dict(), default=str))
-    made = plan(str(path), "2xcpu", global_batch=8, seq=SEQ, fix={"dp": 2, "zero": 3, "micro_batch": 2}, precision="fp32")
+    made = plan(str(path), "2xcpu", global_batch=8, seq=SEQ, fix={"dp": 2, "zero": 3, "micro_batch": 2}, precision="fp32", runnable=True)
     assert isinstance(made, Plan)
     for rank, [truth] in enumerate(run(2, _on_rank, [(made, str(path))])):
         assert (truth.disagreed, truth.tracked) == (0, truth.allocated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from meshwright.planner.solve import plan
 from meshwright.planner.space import parse_fix
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.trace import trace
+from tests.made_plans import recomputing
 
 ROOT = Path(__file__).parent.parent.parent
 LLAMA = str(ROOT / "examples/models/tiny-llama.json")
@@ -30,7 +32,7 @@ FIXES = [
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
     graph = trace(LLAMA, seq=32, precision="bf16")
-    made = {fix: plan(graph, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix)) for fix in FIXES}
+    made = {fix: plan(graph, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix), runnable=True) for fix in FIXES}
     assert all(isinstance(p, Plan) for p in made.values())
     return made  # type: ignore[return-value]
 
@@ -46,6 +48,37 @@ def test_script_is_short_and_stands_alone(plans: dict[str, Plan], fix: str, tmp_
     assert len(text.splitlines()) < 200
     assert not any(re.search(r"^\s*(from|import) meshwright", s, re.M) for s in sources)
     assert lint.returncode == 0, lint.stdout
+
+
+@pytest.mark.parametrize("fix", [f.replace(",recompute=full", "") for f in FIXES])
+def test_recompute_by_stage_is_a_table(fix: str, tmp_path: Path) -> None:
+    """RECOMPUTE has each stage's mode and how many of its first layers have it; without it there is one mode, and no table."""
+    made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix) | {"recompute": "none"}, runnable=True)
+    assert isinstance(made, Plan)
+    layers = [s.layers[1] - s.layers[0] for s in made.solution.stages]
+    stages = [{"recompute": ("full", "none", "selective")[i % 3]} | ({"recompute_layers": 1} if i == 0 else {}) for i in range(len(layers))]
+    emit(made, tmp_path / "plain")
+    emit(recomputing(made, stages), tmp_path / "run")
+    text, plain = ((tmp_path / name / "train.py").read_text() for name in ("run", "plain"))
+    (line,) = [line for line in text.splitlines() if line.startswith("RECOMPUTE = ")]
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E9,F", tmp_path], capture_output=True, text=True)
+
+    assert ast.literal_eval(line.partition(" = ")[2].partition("  #")[0]) == [
+        (s["recompute"], s.get("recompute_layers", n)) for s, n in zip(stages, layers, strict=True)
+    ]
+    assert "recompute(layer, mode if i < covered" in text
+    assert "recompute(" not in plain
+    assert len(text.splitlines()) < 200
+    assert lint.returncode == 0, lint.stdout
+
+
+def test_what_is_not_run_yet_is_refused(tmp_path: Path) -> None:
+    """A plan with parts that emit does not run names them, and nothing is written."""
+    made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix={"cp": 2, "pp": 2, "tp": 1, "schedule": "zero-bubble"})
+    assert isinstance(made, Plan)
+    with pytest.raises(InputError, match="cp=2 and schedule=zero-bubble, which apply and emit do not run yet: plan with --runnable"):
+        emit(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_plan_is_in_the_folder(plans: dict[str, Plan], tmp_path: Path) -> None:
@@ -74,7 +107,7 @@ def test_other_folders_are_left_alone(plans: dict[str, Plan], tmp_path: Path) ->
 
 def test_several_nodes_have_their_launcher(tmp_path: Path) -> None:
     """On two nodes, launch.sh asks for NODE_RANK and MASTER_ADDR and starts each node's ranks."""
-    made = plan(LLAMA, "2x4xH100-SXM", global_batch=16, seq=32)
+    made = plan(LLAMA, "2x4xH100-SXM", global_batch=16, seq=32, runnable=True)
     assert isinstance(made, Plan)
     emit(made, tmp_path / "run")
     text = (tmp_path / "run/launch.sh").read_text()

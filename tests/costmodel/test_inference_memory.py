@@ -35,6 +35,14 @@ def test_tensor_parallelism_divides(tiny_llama: ModelGraph) -> None:
     assert four.working < one.working
 
 
+def test_a_rank_has_one_key_value_head_at_least(tiny_llama: ModelGraph) -> None:
+    """tp = 8 with 4 key-value heads: a rank's cache is that of one head, as with tp = 4."""
+    (four,) = inference_memory(tiny_llama, shard_model(tiny_llama, 4, False), batch=8)
+    (eight,) = inference_memory(tiny_llama, shard_model(tiny_llama, 8, False), batch=8)
+
+    assert eight.kv_cache == four.kv_cache == 4 * 8 * SEQ * LAYERS * 2 * (WIDTH // HEADS)
+
+
 @pytest.mark.parametrize("pp", [1, 2, 3, 4])
 def test_stages_share_the_model(tiny_llama: ModelGraph, pp: int) -> None:
     """Weights and cache of the stages add up to the model's."""

@@ -15,8 +15,8 @@ from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.pricing import misalignment, price_ops
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.plan import Plan
-from meshwright.planner.solve import plan
 from meshwright.planner.shardedmodel import shard_model
+from meshwright.planner.solve import plan
 from meshwright.profiling.cluster import load_device, parse_cluster
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.trace import trace
@@ -129,14 +129,14 @@ def test_a_plan_names_what_it_rests_on(graph: ModelGraph) -> None:
 
 def test_ranks_that_share_cores_slow_each_other_but_not_while_they_wait(graph: ModelGraph) -> None:
     """Four ranks on two cores take twice as long as on four; in a pipeline's bubble a rank leaves its core."""
-    from meshwright.costmodel.step import Bound, Layouts
+    from meshwright.costmodel.layouts import Layouts
+    from meshwright.costmodel.step import Bound
 
     def factor(cores: int, pp: int, microbatches: int) -> float:
         cluster = parse_cluster("4xcpu")
         node = cluster.nodes[0]
         shared = cluster.model_copy(update={"nodes": (node.model_copy(update={"device": node.spec.model_copy(update={"cores": cores})}),)})
-        one = np.array([1])
-        layouts = Layouts(one, one * 0, one * pp, one * (4 // pp), one * 0, one, one * microbatches, one * 0, one * 0)
+        layouts = Layouts.of(pp=pp, dp=4 // pp, microbatches=microbatches)
         bound = Bound(graph, type(cluster)(name="c", nodes=shared.nodes), {(1, False): [ShardedBlock.whole(b) for b in graph.blocks]}, [1])
         return float(bound._crowding(layouts)[0])
 

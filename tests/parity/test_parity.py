@@ -29,6 +29,7 @@ from meshwright.planner.solve import plan
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.loading import main_output
 from meshwright.profiling.trace import trace
+from tests.made_plans import recomputing
 
 BATCH = 16
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 5e-6
@@ -50,6 +51,7 @@ class Case:
     dp: int = 1
     zero: int = 0
     recompute: str = "none"
+    stages: tuple[tuple[str, int], ...] = ()  # recompute of each stage, and in how many of its first layers
 
     @property
     def world(self) -> int:
@@ -66,7 +68,8 @@ class Case:
     def __str__(self) -> str:
         degrees = [f"tp{self.tp}{'sp' if self.sp else ''}"] * (self.tp > 1) + [f"pp{self.pp}"] * (self.pp > 1)
         degrees += [f"dp{self.dp}-zero{self.zero}"] * (self.dp > 1)
-        return "-".join([self.model, f"{self.world}ranks", *degrees, self.recompute])
+        recompute = [f"{mode}{layers}" for mode, layers in self.stages] or [self.recompute]
+        return "-".join([self.model, f"{self.world}ranks", *degrees, *recompute])
 
 
 # every kind of layout, on the fewest ranks that have it
@@ -79,16 +82,24 @@ WIDER: list[dict[str, Any]] = [
     {"pp": 2, "dp": 2, "zero": 3}, {"dp": 8, "zero": 0}, {"dp": 8, "zero": 2}, {"tp": 4, "sp": True, "dp": 2, "zero": 1},
     {"pp": 4, "dp": 2, "zero": 2}, *({"pp": 2, "tp": 2, "dp": 2, "zero": z} for z in range(3)),
 ]  # fmt: skip
+# stages that recompute differently, or only some of their layers
+BY_STAGE: list[tuple[dict[str, Any], tuple[tuple[str, int], ...]]] = [
+    ({}, (("full", 2),)), ({"dp": 2, "zero": 3}, (("full", 1),)), ({"pp": 2}, (("full", 1), ("none", 0))),
+    ({"pp": 2}, (("selective", 2), ("none", 0))), ({"pp": 2, "dp": 2, "zero": 2}, (("none", 0), ("full", 1))),
+    ({"pp": 2, "tp": 2, "sp": True}, (("full", 1), ("selective", 2))),
+]  # fmt: skip
 
 
 def _cases() -> list[Case]:
-    """Every kind of layout for every model with and without recompute; wider ones with each recompute in turn, all of them for Llama."""
+    """Every kind of layout for every model with and without recompute; wider ones with each recompute in turn, all of them for Llama;
+    recompute by stage in pipelines for every model."""
     found = []
     for turn, model in enumerate(("llama", "qwen3", "gpt2", "mixer")):
         found += [Case(model, **layout, recompute=r) for layout in KINDS for r in ("none", "full")]
         for i, layout in enumerate(WIDER):
             if turn == 0 or i % 3 == turn - 1:
                 found.append(Case(model, **layout, recompute=("selective", "none", "full")[(i + turn) % 3]))
+        found += [Case(model, **layout, stages=stages) for layout, stages in BY_STAGE if turn == 0 or len(stages) > 1 and "tp" not in layout]
     return found
 
 
@@ -178,9 +189,12 @@ class Bench:
 
     def emitted(self, case: Case) -> tuple[Plan, Path]:
         """The planner's own plan of a case, and the folder of its script."""
-        made = plan(self.graphs[case.model], f"{case.world}xcpu", global_batch=BATCH, seq=SEQ, fix=case.fix)
+        made = plan(self.graphs[case.model], f"{case.world}xcpu", global_batch=BATCH, seq=SEQ, fix=case.fix, runnable=True)
         assert isinstance(made, Plan), made
         assert all(getattr(made.layout, k) == v for k, v in case.fix.items())
+        if case.stages:
+            assert all(n <= s.layers[1] - s.layers[0] for (_, n), s in zip(case.stages, made.solution.stages, strict=True))
+            made = recomputing(made, [{"recompute": mode, "recompute_layers": n if mode != "none" else None} for mode, n in case.stages])
         folder = self.folder / str(case)
         emit(made, folder)
         return made, folder

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 
+from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.planner import checkrun
 from meshwright.planner.check import CheckReport, CheckResult, Versions, against, what_changed
 from meshwright.planner.checkconfig import CheckConfig, CheckSpec
 from meshwright.planner.checkrun import run_checks
 from meshwright.planner.explain import enough_memory
-from meshwright.planner.plan import Plan
+from meshwright.planner.plan import Plan, Workload
+from meshwright.planner.search import Choice, Search
+from meshwright.planner.solve import cost_model, parse_limit
 from meshwright.planner.solve import plan as solve
+from meshwright.planner.space import Space
+from meshwright.profiling.cluster import parse_cluster
 from meshwright.profiling.errors import InputError
+from meshwright.profiling.graph import ModelGraph
 
 GIB = 2**30
 FIXED = {"tp": 1, "pp": 1, "dp": 8, "zero": 0, "micro_batch": 64, "recompute": "none"}
@@ -45,7 +51,7 @@ def just_below(result: CheckResult, bytes_: float = 2**20) -> str:
 def test_auto_is_what_plan_answers(run, tiny_llama) -> None:  # type: ignore[no-untyped-def]
     """`plan = "auto"` has the layout, the memory and the step of `meshwright plan`."""
     found = run()
-    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32")
+    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", runnable=True)
 
     assert isinstance(plan, Plan)
     assert found.status == "fits"
@@ -96,15 +102,36 @@ def test_one_thing_changed_is_one_thing(run) -> None:  # type: ignore[no-untyped
     assert all(names == {key} for key, names in changed.items())
 
 
-def test_the_offer_is_the_cheapest_of_its_kind(run) -> None:  # type: ignore[no-untyped-def]
-    """Brute force: of every value of the changed part that fits, the one offered has the shortest step."""
+def test_the_offer_is_the_cheapest_of_its_kind(run, tiny_llama) -> None:  # type: ignore[no-untyped-def]
+    """Brute force: of every value of the changed part that fits, the one offered has the shortest step. Recompute may be of some layers."""
     limit = just_below(run(plan=FIXED))
     offered = {s.change.partition("=")[0]: s for s in run(plan=FIXED, limit=limit).nearest}
-    for key, values in (("recompute", ("selective", "full")), ("micro_batch", (1, 2, 4, 8, 16, 32)), ("zero", (1, 2, 3))):
+    seen = set()
+    for key, values in (("recompute", RECOMPUTE), ("micro_batch", (1, 2, 4, 8, 16, 32)), ("zero", (1, 2, 3))):
         tried = [run(plan=FIXED | {key: v}, limit=limit) for v in values]
         fitting = [t.figures.step_s for t in tried if t.status == "fits"]
+        if key == "recompute":
+            fitting += some_layers(tiny_llama, limit)
         if key in offered:
             assert offered[key].step_s == pytest.approx(min(fitting))
+            seen.add(key)
+    assert {"recompute", "micro_batch"} <= seen
+
+
+def some_layers(graph: ModelGraph, limit: str) -> list[float]:
+    """Steps of the fixed layout with full recompute in its first one, two or three layers, where that fits."""
+    cluster = parse_cluster("8xH100-SXM")
+    fixed = {k: v for k, v in FIXED.items() if k != "recompute"}
+    space = Space(graph, cluster, Workload(global_batch=512, seq=32, precision="fp32"), fixed, cost_model("auto", cluster), True)
+    search = Search(space, parse_limit(limit, cluster.device.memory_bytes))
+    (layout,) = space.layouts()
+    row = search.row(layout)
+    stages, found = search.stages(row), []
+    for layers in range(1, len(graph.layers)):
+        costs = stages.cost((len(graph.layers),), (Choice(2, layers),))
+        if search.reserved_bytes(row, costs[0].live_bytes)[1] <= search.limit_bytes:
+            found.append(stages.step(costs))
+    return found
 
 
 def test_nothing_fits_on_these_devices(run) -> None:  # type: ignore[no-untyped-def]
@@ -138,7 +165,7 @@ def test_a_schedule_is_set_free_too(run) -> None:  # type: ignore[no-untyped-def
 
 def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Cluster, batch, sequence and layout come from the plan; a plan of another model is a warning."""
-    plan = solve(tiny_llama, "4xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"recompute": "full", "tp": 2})
+    plan = solve(tiny_llama, "4xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"recompute": "full", "tp": 2}, runnable=True)
     assert isinstance(plan, Plan)
     plan.save(tmp_path / "plan.json")
     found = run(plan=str(tmp_path / "plan.json"), cluster=None, batch=None, seq=None, precision=None)
@@ -154,6 +181,19 @@ def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Pa
 
     assert [w.rule for w in found.warnings] == ["MEM004", "MEM004"]
     assert "another model" in found.warnings[0].text
+
+
+def test_a_saved_plan_is_offered_another_tensor_parallelism(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Its loss is not held apart from its degrees, which settle how it is computed: tp = 1 has a plain one, tp > 1 shards of it."""
+    fix = {"tp": 1, "pp": 1, "zero": 1, "recompute": "none", "micro_batch": 64}
+    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", fix=fix, runnable=True)
+    assert isinstance(plan, Plan)
+    plan.save(tmp_path / "plan.json")
+    keys = {"plan": str(tmp_path / "plan.json"), "cluster": None, "batch": None, "seq": None, "precision": None}
+    found = run(**keys, limit=just_below(run(**keys)))
+
+    assert found.status == "does_not_fit"
+    assert any(s.change.startswith("tp=") for s in found.nearest), [s.change for s in found.nearest]
 
 
 def test_an_op_without_a_model_is_named(run, tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -200,7 +240,7 @@ def test_infer_that_does_not_fit(run) -> None:  # type: ignore[no-untyped-def]
         ({"limit": "100TiB"}, "at most the device's"),
         ({"costs": "gone.costs"}, "gone.costs"),
         ({"mode": "infer", "plan": {"tp": 3}}, "tp=3"),
-        ({"mode": "infer", "plan": {"tp": 8}}, "not divisible by 8"),
+        ({"mode": "infer", "cluster": "2x8xH100-SXM", "plan": {"tp": 16}}, "8 attention heads are not divisible by 16"),
         ({"mode": "infer", "plan": {"pp": 8}}, "4 layers"),
     ],
 )

@@ -8,18 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
+from transformers import LlamaConfig
 
-from meshwright.planner.plan import Plan
+from meshwright.planner.plan import Layout, Plan, Workload
 from meshwright.planner.solve import plan as make_plan
+from meshwright.planner.solve import plan_of
+from meshwright.profiling.cluster import parse_cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
+from meshwright.profiling.trace import trace
 
 
 @pytest.fixture(scope="module")
 def plan(tiny_llama: ModelGraph) -> Plan:
     """The tiny Llama on tp=2, pp=2 of eight GPUs: every part of a plan is in use."""
-    made = make_plan(tiny_llama, "8xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"tp": 2, "pp": 2, "zero": 3})
+    made = make_plan(tiny_llama, "8xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"tp": 2, "pp": 2, "zero": 3}, runnable=True)
     assert isinstance(made, Plan)
+    return made
+
+
+@pytest.fixture(scope="module")
+def free_plan(tiny_llama: ModelGraph) -> Plan:
+    """What apply does not run yet: two chunks a rank, context parallelism, ZeRO in groups of replicas."""
+    fix = {"tp": 1, "pp": 2, "vpp": 2, "schedule": "interleaved", "cp": 2, "cp_kind": "ring", "zero": 3, "replicas": 2, "offload": "none"}
+    made = make_plan(tiny_llama, "8xH100-SXM", global_batch=8, seq=32, precision="fp32", fix=fix)
+    assert isinstance(made, Plan), made
     return made
 
 
@@ -31,6 +45,58 @@ def test_round_trip(plan: Plan, tmp_path: Path) -> None:
     assert loaded.to_json() == plan.to_json() == path.read_text()
     assert loaded.layout == plan.layout
     assert plan.verify() == []
+
+
+def test_round_trip_of_what_is_not_run_yet(free_plan: Plan, plan: Plan, tmp_path: Path) -> None:
+    """So does one with every part of a layout in use; what apply and emit do not run of it is named, and of the other nothing is."""
+    free_plan.save(tmp_path / "plan.json")
+
+    assert Plan.load(tmp_path / "plan.json") == free_plan
+    assert [len(s.chunks) for s in free_plan.solution.stages] == [2, 2]
+    assert set(free_plan.not_run) == {"cp=2", "vpp=2", "replicas=2", "schedule=interleaved"}
+    with pytest.raises(InputError, match="cp=2 and .* which apply and emit do not run yet: plan with --runnable"):
+        free_plan.check_runs()
+    plan.check_runs()
+
+
+def test_recompute_of_layers(plan: Plan) -> None:
+    """A plan that says no recompute of its stages has the layout's; a stage's own may be of its first layers only."""
+    data = json.loads(plan.to_json())
+    data["solution"]["layout"]["recompute"] = "full"
+    for s in data["solution"]["stages"]:
+        del s["recompute"]
+    data["alternatives"] = []
+    old = Plan.from_json(json.dumps(data))
+    assert [s.recompute for s in old.solution.stages] == ["full", "full"]
+    stage = old.solution.stages[0]
+    assert [stage.recompute_of(i) for i in range(2)] == ["full", "full"]
+    assert [stage.model_copy(update={"recompute_layers": 1}).recompute_of(i) for i in range(2)] == ["full", "none"]
+    data["solution"]["layout"]["recompute"] = "by stage"
+    data["solution"]["stages"][0] |= {"recompute": "full", "recompute_layers": 1}
+    data["solution"]["stages"][1] |= {"recompute": "selective"}
+    assert Plan.from_json(json.dumps(data)).verify() == []
+
+
+def test_the_plan_of_a_layout_keeps_its_loss(tmp_path: Path) -> None:
+    """On a device that holds the loss in chunks only, a plain one does not fit; it is not planned in chunks."""
+    config = LlamaConfig(**TINY | {"vocab_size": 65536})
+    config.architectures = ["LlamaForCausalLM"]
+    path = tmp_path / "llama.json"
+    path.write_text(json.dumps(config.to_dict(), default=str))
+    graph, workload = trace(str(path), seq=128, precision="bf16"), Workload(global_batch=16, seq=128, precision="bf16")
+    roomy = parse_cluster("1xH100-SXM")
+    x = Layout(micro_batch=16)
+    made = [plan_of(graph, roomy, workload, x.model_copy(update={"loss": loss}))[1] for loss in ("plain", "chunked")]
+    plain, chunked = (p.prediction.memory_bytes.peak.p95 for p in made)
+    assert [p.layout.loss for p in made] == ["plain", "chunked"]
+    assert chunked < plain
+    (node,) = roomy.nodes
+    tight = roomy.model_copy(
+        update={"nodes": (node.model_copy(update={"device": node.spec.model_copy(update={"memory_bytes": (plain + chunked) / 2})}),)}
+    )
+    assert plan_of(graph, tight, workload, x.model_copy(update={"loss": "chunked"}))[1].layout.loss == "chunked"
+    with pytest.raises(InputError, match="does not fit"):
+        plan_of(graph, tight, workload, x)
 
 
 Edit = Callable[[dict[str, Any]], None]
@@ -67,6 +133,13 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "no stage": (put(7, "prediction", "memory_bytes", "peak_stage"), "prediction.memory_bytes.peak_stage"),
     "no number": (put(float("nan"), "prediction", "memory_bytes", "by_kind", "optimizer"), "prediction.memory_bytes.by_kind"),
     "proof": (put(10**6, "solver", "space"), "solver"),
+    "recompute of a stage": (put("full", "solution", "stages", 1, "recompute"), "solution.stages[1].recompute"),
+    "layers of a stage": (lambda d: d["solution"]["stages"][0].update(recompute_layers=1), "solution.stages[0].recompute"),
+    "more layers than the stage": (lambda d: d["solution"]["stages"][0].update(recompute_layers=99), "solution.stages[0].recompute_layers"),
+    "chunks without vpp": (lambda d: d["solution"]["stages"][0].update(chunks=[[0, 1], [1, 2]]), "solution.stages[0].chunks"),
+    "experts that do not divide": (put(3, "solution", "layout", "ep"), "solution.layout.ep"),
+    "copies of no shards": (put(3, "solution", "layout", "replicas"), "solution.layout.replicas"),
+    "context ranks": (put(2, "solution", "layout", "cp"), "solution.layout"),
     "first alternative": (put(9, "alternatives", 0, "layout", "micro_batch"), "alternatives[0].layout"),
 }
 
@@ -82,6 +155,25 @@ def test_edits_are_caught(plan: Plan, name: str) -> None:
     with pytest.raises(InputError, match="inconsistent") as caught:
         Plan.from_json(json.dumps(data))
     assert "\n" not in str(caught.value)
+
+
+FREE_EDITS: dict[str, tuple[Edit, str]] = {
+    "chunk missing": (lambda d: d["solution"]["stages"][0]["chunks"].pop(), "solution.stages[0].chunks"),
+    "first chunk": (put([0, 2], "solution", "stages", 0, "layers"), "solution.stages[0].chunks"),
+    "chunk twice": (lambda d: d["solution"]["stages"][1]["chunks"].__setitem__(1, d["solution"]["stages"][0]["chunks"][1]), "solution.stages["),
+    "no ZeRO": (put(0, "solution", "layout", "zero"), "solution.layout.replicas"),
+    "mesh": (lambda d: d["solution"]["mesh"].pop("cp"), "solution.mesh"),
+}
+
+
+@pytest.mark.parametrize("name", FREE_EDITS)
+def test_edits_of_what_is_not_run_yet_are_caught(free_plan: Plan, name: str) -> None:
+    """The same of a plan with several chunks a rank, context parallelism and replicas."""
+    edit, where = FREE_EDITS[name]
+    data = json.loads(free_plan.to_json())
+    edit(data)
+    broken = Plan.model_validate(data).verify()
+    assert any(b.startswith(where) for b in broken), broken
 
 
 @pytest.mark.parametrize(
