@@ -147,6 +147,7 @@ class Answer:
     distance: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, list[float]] = field(default_factory=dict)  # of each timed layout
     known: set[str] = field(default_factory=set)  # ways whose choice has tp, cp, pp and dp of a timed layout
+    unproved: int = 0  # searches that ran out of time
     refused: list[str] = field(default_factory=list)  # timed layouts that do not fit in our model of memory
     near_failed: bool = False  # a layout that ran out of memory is nearer to the choice than any timed one
     why: dict[str, str] = field(default_factory=dict)
@@ -233,9 +234,11 @@ class Job:
         costs = cost_model("auto", self.cluster)
         self.search = Search(Space(self.graph, self.cluster, work, {}, costs, known=known), self.cluster.device.memory_bytes)
 
-    def plan(self, fix: dict[str, Any], max_seconds: float) -> Candidate | None:
+    def plan(self, fix: dict[str, Any], max_seconds: float) -> tuple[Candidate | None, bool]:
+        """The best layout with `fix` held, if any fits, and whether that is proved."""
         search = self.search.holding(fix) if fix else self.search
-        return next(iter(search.run(1, max_seconds=max_seconds).best), None)
+        outcome = search.run(1, max_seconds=max_seconds)
+        return next(iter(outcome.best), None), outcome.certificate.status != "time limit"
 
     def point(self, c: Candidate) -> Point:
         """The layout of a plan, its stages balanced."""
@@ -350,7 +353,8 @@ def answer(group: Group, known: dict[Any, Any], max_seconds: float) -> Answer:
     job = Job(group.run, known)
     for way, fix in (("own", {}), ("engine", held(group, ENGINE)), ("asked", held(group, COMMON))):
         try:
-            found = job.plan(fix, max_seconds)
+            found, proved = job.plan(fix, max_seconds)
+            out.unproved += not proved
         except InputError as e:
             out.why[way] = str(e)
             continue
@@ -464,7 +468,8 @@ def regrets(runs: list[Run], failed: set[str], args: argparse.Namespace) -> None
     shares = ", ".join(f"{s} {refused[s]} of {n}" for s, n in layouts.items())
     console.print(
         f"of {layouts.total()} timed layouts {refused.total()} do not fit in our model of memory ({shares}); "
-        f"{sum(a.near_failed for a in answers)} choices are nearer to a layout that ran out of memory than to a timed one"
+        f"{sum(a.near_failed for a in answers)} choices are nearer to a layout that ran out of memory than to a timed one; "
+        f"{sum(a.unproved for a in answers)} searches ran out of time"
     )
     if args.json:
         args.json.write_text(json.dumps([
@@ -502,8 +507,8 @@ def tuned(runs: list[Run], sources: Sequence[str], max_seconds: float) -> None:
             known, last = {}, (r.dims, r.seq)
         try:
             job = Job(r, known)
-            found = job.plan({}, max_seconds)
-            row[4:6] = [short(found.layout), f"{found.step_s:.3g}"] if found else ["nothing fits", ""]
+            found, proved = job.plan({}, max_seconds)
+            row[4:6] = [short(found.layout), f"{found.step_s:.3g}{'' if proved else ' ?'}"] if found else ["nothing fits", ""]
             row[1] = short(layout_of(r))
             theirs, fits = job.price(point_of(r), free="recompute" in r.assumed)
         except InputError as e:
@@ -521,7 +526,7 @@ def tuned(runs: list[Run], sources: Sequence[str], max_seconds: float) -> None:
         print(f"\n### {source}\n\n| job | their layout | published s | priced s | our layout | priced s | ours % | what changes |")
         print("|---" * 8 + "|")
         print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    print("\n" + ", ".join(f"{what}: {n}" for what, n in sorted(count.items())) + "; !: does not fit in our model of memory")
+    print("\n" + ", ".join(f"{what}: {n}" for what, n in sorted(count.items())) + "; !: does not fit in our model of memory; ?: not proved in time")
 
 
 def main() -> None:

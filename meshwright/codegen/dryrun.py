@@ -153,7 +153,7 @@ def dry_run(plan: Plan, rank: int | None = None, *, whole: bool = False, progres
 
     with _world(rank, x.devices, on_cpu=on_cpu):
 
-        def run(keep: Mapping[int, int], microbatches: int) -> Measured:
+        def run(keep: Mapping[tuple[int, str], int], microbatches: int) -> Measured:
             kept = [first + i for i, k in enumerate(kinds) if kinds[i:].count(k) <= keep[k]] if short else None
             cut, paths = shortened(plan, stage, kept, microbatches)
             layers = last - first if kept is None else len(kept)

@@ -114,10 +114,15 @@ def block_bytes(sharded: ShardedBlock, batches: Array) -> BlockBytes:
     return BlockBytes(keys_values, queries, out, back, late)
 
 
+def expert_params(sharded: ShardedBlock) -> set[str]:
+    """Names of the parameters of a block's experts."""
+    return {v[6:] for op in sharded.block.ops if op.kind == "experts" for v in _params(sharded, op)}
+
+
 def expert_numel(sharded: ShardedBlock) -> float:
     """Parameters of a block's experts, all of them."""
-    products = {v[6:] for op in sharded.block.ops if op.kind == "experts" for v in _params(sharded, op)}
-    return float(sum(p.numel for p in sharded.block.params if p.name in products))
+    names = expert_params(sharded)
+    return float(sum(p.numel for p in sharded.block.params if p.name in names))
 
 
 def _params(sharded: ShardedBlock, op: Op) -> list[str]:
@@ -164,6 +169,7 @@ class Tables:
         self.carry = np.array([[m.carry for m in row] for row in memory])
         self.expert_numel = np.array([expert_numel(s) for s in self.shardings[0]]) if self.shardings else np.zeros(0)
         self.numel = np.array([[m.numel for m in row] for row in memory]) - self.expert_numel  # of what is not an expert's
+        self.expert_params = [expert_params(s) for s in self.shardings[0]] if self.shardings else []
         self.shapes = [[m.shapes for m in row] for row in memory]
         self.op_tables = lru_cache(maxsize=None)(lambda t, u: (forward_table(self.shardings[t][u]), backward_table(self.shardings[t][u])))
         self.expert_seconds = lru_cache(maxsize=None)(self._expert_seconds)

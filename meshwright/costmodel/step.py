@@ -402,7 +402,8 @@ class Bound:
         root = np.where(x.pp > 1, outside.max(axis=1, initial=0.0), outside.sum(axis=1))
         layer = np.where(self.repeated, numel, 0.0).max(axis=1, initial=0.0)
         gathered = np.where(sharded, self.compute_bytes * (root + 2 * layer), 0.0)
-        shards, eshards = np.where(x.zero > 0, x.shards, 1), np.where(x.zero > 0, x.expert_shards, 1)
+        # where ZeRO is FREE, what the choice that takes least would take
+        shards, eshards = np.where(x.zero == 0, 1, x.shards), np.where(x.zero == 0, 1, x.expert_shards)
         local = (self.tables.numel[t] @ self.counts / shards + experts @ self.counts / eshards) / x.pp
         reduced = np.where(fsdp & (x.microbatches == 1), REDUCED * local, 0.0)
         groups = sum((y > 1).astype(int) for y in (x.tp, x.pp, over, x.cp, x.ep, x.etp, x.replicas))
@@ -431,7 +432,13 @@ class Bound:
         of = {name: each([float(getattr(m, name)[0]) for m in unique]) for name in names}
         kept = np.array([[float(m.kept(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
         again = np.array([[float(m.again(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
-        held, padded = each([m.numel for m in unique]), each([m.padded(shape.shards) for m in unique])
+        # FSDP pads the rows of a parameter to its shards; of experts, which shard over ranks of their own, what is left can be split elsewhere
+        of_experts = [sum(rows * row for name, (rows, row) in m.shapes.items() if name in names) for m, names in zip(unique, self.tables.expert_params)]
+        others = [
+            sum(np.ceil(rows / shape.shards) * shape.shards * row for name, (rows, row) in m.shapes.items() if name not in names)
+            for m, names in zip(unique, self.tables.expert_params)
+        ]
+        held, padded = each([m.numel for m in unique]), each(others) + each(of_experts)
         tied = np.zeros(len(order))
         if shape.pp == 1:  # a tied parameter is one tensor
             for block, which in self._twice.items():
@@ -439,10 +446,7 @@ class Bound:
                 tied[at] = sum(rows * row for rows, row in shapes)
                 held[at] -= sum(rows * row for rows, row in shapes)
                 padded[at] -= sum(np.ceil(rows / shape.shards) * shape.shards * row for rows, row in shapes)
-        local = padded / shape.shards
-        if self._moe and eshards != shards:
-            of_experts = self.tables.expert_numel[order] / ep
-            local = (padded - of_experts) / shape.shards + of_experts / eshards
+        local = (padded - each(of_experts)) / shape.shards + each(of_experts) / eshards
         adds = (not shape.fsdp and shape.microbatches > 1) or (shape.fsdp and shape.sums_whole and not shape.mixed)
         backward, backward_first = of["backward_in_place" if adds else "backward"] + again, of["backward"] + again
         saved, forward, keeps = of["saved"] + again, of["forward"].copy(), np.array([m.keeps_result for m in unique], bool)[order]

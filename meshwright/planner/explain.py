@@ -118,7 +118,8 @@ def answer(search: Search, best: Candidate, fix: dict[str, Any]) -> WhyNot | Non
             if key not in fix:
                 more[key] = getattr(best.layout, key)
                 held = search.holding({**fix, **more})
-        among = f", among layouts with {' '.join(f'{k}={v}' for k, v in more.items())}" if more else ""
+        held_too = {**{k: v for k, v in list(fix.items())[1:]}, **more}
+        among = f", among layouts with {' '.join(f'{k}={v}' for k, v in held_too.items())}" if held_too else ""
     except InputError:
         return None
     found = held.run(1).best

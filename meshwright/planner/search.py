@@ -307,6 +307,11 @@ class _Run:
         return self.best[-1].step_s if len(self.best) == self.top else self.cutoff
 
     @property
+    def reach(self) -> float:
+        """Steps up to here count: those as long as the best too, so that of equal layouts the plainest is found."""
+        return self.threshold * (1 + TIE)
+
+    @property
     def late(self) -> bool:
         return self.max_seconds is not None and time.perf_counter() - self.started + self.s.setup_s > self.max_seconds and bool(self.best)
 
@@ -322,11 +327,11 @@ class _Run:
         while True:
             next_degrees = float(bounds[order[at]]) if at < len(order) else np.inf
             next_heap = self.heap[0][0] if self.heap else np.inf
-            if min(next_degrees, next_heap) >= self.threshold or (at >= len(order) and not self.heap) or self.late:
+            if min(next_degrees, next_heap) > self.reach or (at >= len(order) and not self.heap) or self.late:
                 break
             if next_degrees <= next_heap:
                 rows = order[at : at + chunk]
-                rows = rows[bounds[rows] < self.threshold]
+                rows = rows[bounds[rows] <= self.reach]
                 self._add(rows)
                 at += len(rows)
                 chunk = min(2 * chunk, MORE)
@@ -350,10 +355,10 @@ class _Run:
         step, slowest, rest = s.bounds.step(x, p)
         capacity = s.capacity(x) * s._most_memory
         fits = s.bounds.live(x, p) <= capacity
-        rows = np.flatnonzero(fits & (step < self.threshold))
+        rows = np.flatnonzero(fits & (step <= self.reach))
         if refine and len(rows):
             per = (x.microbatches - p.ratio)[rows]
-            ceiling = np.where(per > 0, (self.threshold - rest[rows]) / np.maximum(per, 1e-30), np.inf)  # beyond, it is pruned
+            ceiling = np.where(per > 0, (self.reach * (1 + TIE) - rest[rows]) / np.maximum(per, 1e-30), np.inf)  # beyond, it is pruned
             y, q = x.take(rows), p.take(rows)
             found = s.bounds.relaxed(y, q, capacity[rows], slowest[rows], ceiling, s.bounds.peaks(y, q) if peaks else None)
             fits[rows] &= np.isfinite(found)
@@ -370,14 +375,14 @@ class _Run:
             return
         bounds, fits = self._bounds(x, refine=True, ratio=self.ratio[origin])
         n.memory += int(below[~fits].sum())
-        good = fits & (bounds < self.threshold)
+        good = fits & (bounds <= self.reach)
         n.bound += int(below[fits & ~good].sum())
         if not good.any():
             return
         x = s.finish(x.take(np.flatnonzero(good)), origin[good])
         bounds, fits = self._bounds(x, refine=True)
         n.memory += int((~fits).sum())
-        good = fits & (bounds < self.threshold)
+        good = fits & (bounds <= self.reach)
         n.bound += int((fits & ~good).sum())
         kept = np.flatnonzero(good)
         self.heap += [(bound, 0, self.starts[-1] + i) for i, bound in enumerate(bounds[kept].tolist())]
@@ -404,15 +409,15 @@ class _Run:
             x = Layouts.join([self._arrived(t[2]) for t in first])
             bounds, fits = self._bounds(x, refine=True, peaks=True)
             self.n.memory += int((~fits).sum())
-            self.n.bound += int((fits & (bounds >= self.threshold)).sum())
-            for i in np.flatnonzero(fits & (bounds < self.threshold)):
+            self.n.bound += int((fits & (bounds > self.reach)).sum())
+            for i in np.flatnonzero(fits & (bounds <= self.reach)):
                 heapq.heappush(self.heap, (max(float(bounds[i]), first[i][0]), 1, first[i][2]))
                 self.ready[first[i][2]] = self.priced.take(np.array([i]))
             return
         order = heapq.heappop(self.heap)[2]
         row = self._arrived(order)
         self.n.evaluated += 1
-        found = self.s.evaluate(row, self.threshold * (1 + TIE), self.ready.pop(order))
+        found = self.s.evaluate(row, self.reach, self.ready.pop(order))
         if found is None:
             self.n.infeasible += 1
         else:

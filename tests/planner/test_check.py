@@ -185,7 +185,7 @@ def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Pa
 
 def test_a_saved_plan_is_offered_another_tensor_parallelism(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Its loss is not held apart from its degrees, which settle how it is computed: tp = 1 has a plain one, tp > 1 shards of it."""
-    fix = {"tp": 1, "pp": 1, "zero": 1, "recompute": "none", "micro_batch": 64}
+    fix = {"tp": 4, "pp": 1, "zero": 1, "recompute": "none", "micro_batch": 64}
     plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", fix=fix, runnable=True)
     assert isinstance(plan, Plan)
     plan.save(tmp_path / "plan.json")
@@ -193,7 +193,7 @@ def test_a_saved_plan_is_offered_another_tensor_parallelism(run, tiny_llama, tmp
     found = run(**keys, limit=just_below(run(**keys)))
 
     assert found.status == "does_not_fit"
-    assert any(s.change.startswith("tp=") for s in found.nearest), [s.change for s in found.nearest]
+    assert any(s.change.startswith("tp=1") for s in found.nearest), [s.change for s in found.nearest]
 
 
 def test_an_op_without_a_model_is_named(run, tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from meshwright.planner.plan import Layout, Plan, Workload
 from meshwright.planner.solve import plan as make_plan
 from meshwright.planner.solve import plan_of
-from meshwright.profiling.cluster import parse_cluster
+from meshwright.profiling.cluster import Cluster, parse_cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.trace import trace
@@ -91,9 +91,8 @@ def test_the_plan_of_a_layout_keeps_its_loss(tmp_path: Path) -> None:
     assert [p.layout.loss for p in made] == ["plain", "chunked"]
     assert chunked < plain
     (node,) = roomy.nodes
-    tight = roomy.model_copy(
-        update={"nodes": (node.model_copy(update={"device": node.spec.model_copy(update={"memory_bytes": (plain + chunked) / 2})}),)}
-    )
+    device = node.spec.model_copy(update={"memory_bytes": (plain + chunked) / 2})
+    tight = Cluster(name="tight", nodes=(node.model_copy(update={"device": device}),))
     assert plan_of(graph, tight, workload, x.model_copy(update={"loss": "chunked"}))[1].layout.loss == "chunked"
     with pytest.raises(InputError, match="does not fit"):
         plan_of(graph, tight, workload, x)
