@@ -526,7 +526,8 @@ def tuned(runs: list[Run], sources: Sequence[str], max_seconds: float) -> None:
         print(f"\n### {source}\n\n| job | their layout | published s | priced s | our layout | priced s | ours % | what changes |")
         print("|---" * 8 + "|")
         print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    print("\n" + ", ".join(f"{what}: {n}" for what, n in sorted(count.items())) + "; !: does not fit in our model of memory; ?: not proved in time")
+    counted = ", ".join(f"{what}: {n}" for what, n in sorted(count.items()))
+    print(f"\n{counted}; !: does not fit in our model of memory; ?: not proved in time")
 
 
 def main() -> None:

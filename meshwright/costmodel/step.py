@@ -25,19 +25,18 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel import collectives, constants, schedules
-from meshwright.costmodel.allocator import Coefficients, surroundings
 from meshwright.costmodel.blockcosts import Tables
+from meshwright.costmodel.boundmemory import BoundMemory, _tied_twice
 from meshwright.costmodel.groups import Progressions, by_group
-from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, STATE_DTYPES, Layouts
-from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED
+from meshwright.costmodel.layouts import FREE, LOSSES, OFFLOADS, SCHEDULES, Layouts
+from meshwright.costmodel.memory import REDUCED
 from meshwright.costmodel.model import CostModel, for_device
 from meshwright.costmodel.pipeline import RAMPS, Ramp
 from meshwright.costmodel.sharded import ShardedBlock
-from meshwright.costmodel.stagememory import Blocks, Shape, StageMemory
 from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.graph import ModelGraph
 
-# Share of traffic that hides behind compute where there is enough of it, fitted to published runs (constants.yaml).
+# Share of traffic that hides behind compute, where there is enough of that, fitted to published runs (constants.yaml).
 OVERLAP = constants.value("overlap")
 ACCUMULATE_BYTES = 10.0  # per parameter and microbatch: reads a 16-bit gradient, reads and writes an fp32 sum
 # Nine of ten uncalibrated predictions of published runs by models of this kind were within this factor.
@@ -81,17 +80,7 @@ class Priced:
         return Priced(**out)
 
 
-def _tied_twice(graph: ModelGraph) -> dict[int, set[str]]:
-    """Parameters of blocks outside the layers that an earlier block holds already, under a tied name: names by block."""
-    found: dict[int, set[str]] = {}
-    for group in graph.tied:
-        holders = [(b.id, p.name) for b in graph.blocks if not b.repeated for p in b.params if p.name in group]
-        for block, name in holders[1:]:
-            found.setdefault(block, set()).add(name)
-    return found
-
-
-class Bound:
+class Bound(BoundMemory):
     """A ModelGraph bound to a Cluster: prices arrays of layouts.
 
     `shardings[tp, sp]` are the graph's blocks sharded that way, in block order; `batches` the values of microbatch over cp that may
@@ -173,13 +162,6 @@ class Bound:
             held=self._held(x, dense, experts), kept=tab.kept[t, :, :, k], carry=carry,
         )  # fmt: skip
 
-    def sharding_of(self, x: Layouts) -> Array:
-        """Index of each layout's sharding."""
-        lookup = np.full(2 * int(max(tp for tp, _ in self.index)) + 2, -1)
-        for (tp, sp), i in self.index.items():
-            lookup[2 * tp + sp] = i
-        return lookup[2 * x.tp + x.sp]
-
     def _experts(self, x: Layouts, t: Array, k: Array) -> tuple[Array, Array]:
         """Seconds of the experts' products. [types, layouts, blocks]"""
         forward = np.zeros((len(self.devices), len(x), len(self.counts)))
@@ -224,8 +206,8 @@ class Bound:
         around, across = (by_group(x.cp, x.tp, f, kv) * (kv > 0) for f in (ring, turned))
         hidden = OVERLAP if self.cluster.device.kind == "cuda" else 0.0
         ulysses = (x.ulysses == 1)[:, None]
-        forward = np.where(ulysses, across, np.maximum(around - hidden * attention_f, 0.0))
-        backward = np.where(ulysses, across, np.maximum(2 * around - hidden * attention_b, 0.0))
+        forward = np.where(ulysses, across, unhidden(around, attention_f, hidden))
+        backward = np.where(ulysses, across, unhidden(2 * around, attention_b, hidden))
         return forward, backward
 
     def _data_parallel(self, x: Layouts, dense: Array, experts: Array, forward: Array, backward: Array) -> tuple[Array, ...]:
@@ -268,7 +250,7 @@ class Bound:
         hidden = OVERLAP if self.cluster.device.kind == "cuda" else 0.0
 
         def exposed(traffic: Array, behind: Array) -> Array:
-            return np.maximum(traffic - hidden * behind, 0.0)
+            return unhidden(traffic, behind, hidden)
 
         numel = dense + experts
         local = dense / shards[:, None] + experts / eshards[:, None]
@@ -289,7 +271,8 @@ class Bound:
         there = 2 * state * local / host if host else np.full_like(local, np.inf)
         offload = x.offload[:, None]
         optimizer = 12.0 * local / moved_Bps
-        optimizer = optimizer + np.where(offload == FREE, np.minimum(here, there), np.where(offload == OFFLOADS.index("optimizer"), there, here))
+        moved = np.where(offload == OFFLOADS.index("optimizer"), there, here)
+        optimizer = optimizer + np.where(offload == FREE, np.minimum(here, there), moved)
         once = np.where(free, 0.0, once)
         return per_forward, per_backward, accumulation, once, optimizer
 
@@ -297,10 +280,6 @@ class Bound:
     def host_Bps(self) -> float:
         """Bytes a second between a device and its host, 0 where the cluster does not say."""
         return self.cluster.host.bandwidth_Bps if self.cluster.host is not None else 0.0
-
-    def state_bytes(self, x: Layouts) -> Array:
-        """Bytes per parameter of the optimizer's moments."""
-        return OPTIMIZERS[self.optimizer].state_bytes * np.where(x.state == STATE_DTYPES.index("bf16"), 0.5, 1.0)
 
     @staticmethod
     def _ratio(x: Layouts, f: Array, whole: Array, w: Array) -> Array:
@@ -318,7 +297,7 @@ class Bound:
         return out
 
     def least_ratio(self, x: Layouts, choices: Callable[[int, int], list[tuple[int, int]]]) -> Array:
-        """The least bubble over that of 1F1B of the schedules that each layout may have: `choices(pp, microbatches)` are (schedule, chunks)."""
+        """The least bubble over that of 1F1B of the schedules that a layout may have; `choices(pp, microbatches)`: (schedule, chunks)."""
         tab, t, k = self.tables, self.sharding_of(x), np.searchsorted(self.batches, x.micro_batch / x.cp)
         p = self.price(x)
         f, whole = (np.asarray(y.max(axis=0) @ self.counts) for y in (p.forward, p.backward))
@@ -333,7 +312,9 @@ class Bound:
         for a, b in zip(starts, [*starts[1:], len(order)]):
             rows, n, batches = order[a:b], int(pp[a]), int(m[a])
             found = [
-                bubble(SCHEDULES[s], n, v, batches, f[rows], whole[rows], w[rows]) if SCHEDULES[s] not in ("1f1b", "gpipe") else np.ones(len(rows))
+                np.ones(len(rows))
+                if SCHEDULES[s] in ("1f1b", "gpipe")
+                else bubble(SCHEDULES[s], n, v, batches, f[rows], whole[rows], w[rows])
                 for s, v in (choices(n, batches) if n > 1 else [])
             ]
             if found:
@@ -357,120 +338,6 @@ class Bound:
         measured = float(self.costs.provenance.get("ranks", 1)) if self.costs is not None else 1.0
         return np.asarray(np.maximum(1.0, active / cores) / max(1.0, measured / cores))
 
-    # -- memory
-
-    def _held(self, x: Layouts, dense: Array, experts: Array) -> Array:
-        """Least bytes of each block's parameters, gradients and optimizer state on a rank; where zero is FREE, all of it sharded."""
-        zero, free = x.zero[:, None], (x.zero == FREE)[:, None]
-        shards, eshards = np.where(x.zero == 0, 1, x.shards)[:, None], np.where(x.zero == 0, 1, x.expert_shards)[:, None]
-        shards, eshards = np.where(free, (x.dp * x.cp)[:, None], shards), np.where(free, x.edp[:, None], eshards)
-        local, numel = dense / shards + experts / eshards, dense + experts
-        state = np.where(x.offload == OFFLOADS.index("none"), self.state_bytes(x), 0.0)[:, None]
-        fsdp = (x.dp * x.cp > 1)[:, None] | (self.compute_bytes < MASTER)
-        whole = ~free & (zero < 3)
-        outside = ~self.repeated & ~free  # ZeRO 3 keeps what is outside the layers gathered too
-        gathered = np.where(fsdp & (whole | outside), self.compute_bytes * numel, 0.0)
-        many = x.microbatches[:, None] > 1
-        gradients = np.where(many, REDUCED * np.where(~free & (zero < 2), numel, local), 0.0)
-        return np.asarray((MASTER + state) * local + gathered + gradients)
-
-    def host_bytes(self, x: Layouts) -> Array:
-        """Bytes of optimizer state that the host of a node holds, its devices together, taking the stages as equal. [layouts]"""
-        t = self.sharding_of(x)
-        shards, eshards = np.where(x.zero == 0, 1, x.shards), np.where(x.zero == 0, 1, x.expert_shards)
-        dense, experts = self.tables.numel[t] @ self.counts, float(self.tables.expert_numel @ self.counts) / (x.ep * x.etp)
-        held = self.cluster.devices_per_node * self.state_bytes(x) * (dense / shards + experts / eshards) / x.pp
-        return np.where(x.offload == OFFLOADS.index("optimizer"), held, 0.0)
-
-    def tied_numel(self, x: Layouts) -> Array:
-        """Parameters that blocks count twice where one rank holds both, of each layout."""
-        twice = [
-            sum(rows * row for block, names in self._twice.items() for name, (rows, row) in self.tables.shapes[t][block].items() if name in names)
-            for t in range(len(self.index))
-        ]
-        return np.array(twice, float)[self.sharding_of(x)]
-
-    def reported(self, x: Layouts) -> Coefficients:
-        """What the device reports over live bytes, of each layout: what its other streams keep, and its communicators."""
-        t = self.sharding_of(x)
-        experts = self.tables.expert_numel / (x.ep * x.etp)[:, None]
-        numel = self.tables.numel[t] + experts
-        over = x.dp * x.cp
-        fsdp = (over > 1) | (self.compute_bytes < MASTER)
-        sharded = (over > 1) & (x.zero > 0)
-        outside = np.where(self.repeated, 0.0, numel)
-        root = np.where(x.pp > 1, outside.max(axis=1, initial=0.0), outside.sum(axis=1))
-        layer = np.where(self.repeated, numel, 0.0).max(axis=1, initial=0.0)
-        gathered = np.where(sharded, self.compute_bytes * (root + 2 * layer), 0.0)
-        # where ZeRO is FREE, what the choice that takes least would take
-        shards, eshards = np.where(x.zero == 0, 1, x.shards), np.where(x.zero == 0, 1, x.expert_shards)
-        local = (self.tables.numel[t] @ self.counts / shards + experts @ self.counts / eshards) / x.pp
-        reduced = np.where(fsdp & (x.microbatches == 1), REDUCED * local, 0.0)
-        groups = sum((y > 1).astype(int) for y in (x.tp, x.pp, over, x.cp, x.ep, x.etp, x.replicas))
-        return surroundings(self.cluster.device, communicators=groups, gathered_bytes=gathered, reduced_bytes=reduced)
-
-    def stage_memory(self, x: Layouts, i: int, modes: Array) -> StageMemory:
-        """Live bytes of the stages of layout i; `modes` [layers] indexes RECOMPUTE."""
-        zero, schedule = int(x.zero[i]), SCHEDULES[int(x.schedule[i])]
-        shards, eshards = (int(x.shards[i]), int(x.expert_shards[i])) if zero else (1, 1)
-        shape = Shape(
-            pp=int(x.pp[i]), microbatches=int(x.microbatches[i]), zero=zero, dp=shards if zero else int(x.dp[i] * x.cp[i]),
-            compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER, schedule=schedule, vpp=int(x.vpp[i]),
-            state_bytes=0.0 if x.offload[i] == OFFLOADS.index("optimizer") else float(self.state_bytes(x.take(slice(i, i + 1)))[0]),
-        )  # fmt: skip
-        t, batch, cp, ep = int(self.sharding_of(x)[i]), float(x.micro_batch[i]), int(x.cp[i]), int(x.ep[i] * x.etp[i])
-        chunks = LOSS_CHUNKS if LOSSES[int(x.loss[i])] == "chunked" else 1
-        unique = [self.tables.memory(t, u, batch, cp, ep, chunks) for u in range(len(self.counts))]
-        order, layer = self.order, self.repeated[self.order]
-        r = np.zeros(len(order), int)
-        r[layer] = modes
-
-        def each(values: Sequence[float]) -> Array:
-            return np.array(values, float)[order]
-
-        names = ("saved", "forward", "backward", "backward_in_place", "carry", "output", "side", "incoming")
-        of = {name: each([float(getattr(m, name)[0]) for m in unique]) for name in names}
-        kept = np.array([[float(m.kept(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
-        again = np.array([[float(m.again(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
-        # FSDP pads the rows of a parameter to its shards; of experts, which shard over ranks of their own, what is left can be split elsewhere
-        of_experts = [sum(rows * row for name, (rows, row) in m.shapes.items() if name in names) for m, names in zip(unique, self.tables.expert_params)]
-        others = [
-            sum(np.ceil(rows / shape.shards) * shape.shards * row for name, (rows, row) in m.shapes.items() if name not in names)
-            for m, names in zip(unique, self.tables.expert_params)
-        ]
-        held, padded = each([m.numel for m in unique]), each(others) + each(of_experts)
-        tied = np.zeros(len(order))
-        if shape.pp == 1:  # a tied parameter is one tensor
-            for block, which in self._twice.items():
-                at, shapes = order == block, [s for name, s in unique[block].shapes.items() if name in which]
-                tied[at] = sum(rows * row for rows, row in shapes)
-                held[at] -= sum(rows * row for rows, row in shapes)
-                padded[at] -= sum(np.ceil(rows / shape.shards) * shape.shards * row for rows, row in shapes)
-        local = (padded - each(of_experts)) / shape.shards + each(of_experts) / eshards
-        adds = (not shape.fsdp and shape.microbatches > 1) or (shape.fsdp and shape.sums_whole and not shape.mixed)
-        backward, backward_first = of["backward_in_place" if adds else "backward"] + again, of["backward"] + again
-        saved, forward, keeps = of["saved"] + again, of["forward"].copy(), np.array([m.keeps_result for m in unique], bool)[order]
-        # layers that recompute keep what goes in instead of what comes out: a neighbour may hold the same tensor, or need another
-        same = np.flatnonzero((r[:-1] == 0) & (r[1:] > 0) & keeps[:-1]) + 1
-        more = np.flatnonzero((r[:-1] > 0) & (r[1:] == 0) & keeps[:-1]) + 1
-        for values in (kept, backward, backward_first, saved):
-            values[same] -= of["carry"][same]
-            values[more] += of["carry"][more - 1]
-        forward[more] += of["carry"][more - 1]
-        samples = x.microbatches[i] * x.micro_batch[i] / x.cp[i]
-        inputs = [*self.graph.inputs, *([self.graph.labels] if self.graph.labels else [])]
-        return StageMemory(
-            Blocks(
-                layer=layer, kept=kept, forward=forward, backward=backward, saved=saved, carry=of["carry"], numel=held, padded=padded,
-                local=local, buffers=each([m.buffers for m in unique]), side=float(of["side"][layer].max(initial=0.0)),
-                output=float(of["output"].sum()), inputs=float(sum(y.spec.amount.at(samples) for y in inputs)),
-                handed=float(of["carry"][layer].max(initial=0.0)), incoming=of["incoming"], keeps_result=keeps & (r == 0), recomputes=r > 0,
-                tied=tied, backward_first=backward_first,
-                last_numel=each([next((rows * row for rows, row in reversed(m.shapes.values())), 0.0) for m in unique]),
-            ),
-            shape,
-        )  # fmt: skip
-
     # -- figures
 
     @cached_property
@@ -480,12 +347,19 @@ class Bound:
 
     def mfu(self, step_s: float, global_batch: int, devices: int) -> float:
         """Model FLOPs utilisation against the peak of the compute dtype (Chowdhery et al. 2022, appendix B)."""
-        peak = self.cluster.device.peak_flops.get(self.graph.precision, self.cluster.device.peak_flops["fp32"])  # type: ignore[call-overload]
+        peaks = self.cluster.device.peak_flops
+        peak = peaks.get(self.graph.precision, peaks["fp32"])  # type: ignore[call-overload]
         return float(self.flops_per_sample * global_batch / step_s / (peak * devices))
 
 
+def unhidden(traffic: Array, behind: Array, overlap: float) -> Array:
+    """What stays exposed of traffic beside compute: all that is longer, and of the rest the share that does not overlap, as `overlap` was
+    fitted (training.py)."""
+    return np.asarray(np.maximum(traffic - behind, 0.0) + (1 - overlap) * np.minimum(traffic, behind))
+
+
 def bubble(schedule: str, p: int, v: int, microbatches: Array | int, f: Array, whole: Array, w: Array) -> Array:
-    """Bubble of a schedule of `p` ranks and `v` chunks over that of 1F1B, for a model's forward, backward and weight gradients [layouts]."""
+    """Bubble of a schedule of `p` ranks and `v` chunks over that of 1F1B; the model's forward, backward and weight gradients [layouts]."""
     chunks = float(p * v)
     w = np.minimum(w, whole)
     ramp = Ramp(p, v, np.asarray(microbatches), f / chunks, (whole - w) / chunks, w / chunks, 0.0 * f)

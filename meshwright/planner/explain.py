@@ -13,7 +13,7 @@ from meshwright.planner.search import Candidate, Search
 from meshwright.profiling.errors import InputError
 
 GIB = 2**30
-LARGE = 50_000  # layouts that a question in the plan may search; `explain --why-not` searches all
+LARGE = 150_000  # layouts that a question in the plan may search; `explain --why-not` searches all
 
 WORDS = {
     "forward": "forward", "backward": "backward", "recompute": "recompute", "tensor_parallel": "TP collectives",
@@ -112,13 +112,13 @@ def answer(search: Search, best: Candidate, fix: dict[str, Any]) -> WhyNot | Non
     try:
         held = search.holding(fix)
         more: dict[str, Any] = {}
-        for key in ("ep", "etp", "cp", "micro_batch"):  # of a large space a part, which the answer says
+        for key in (*(("ep", "etp") if search.space.moe else ()), "cp", "micro_batch"):  # of a large space a part, which the answer says
             if held.size <= LARGE:
                 break
             if key not in fix:
                 more[key] = getattr(best.layout, key)
                 held = search.holding({**fix, **more})
-        held_too = {**{k: v for k, v in list(fix.items())[1:]}, **more}
+        held_too = {**dict(list(fix.items())[1:]), **more}
         among = f", among layouts with {' '.join(f'{k}={v}' for k, v in held_too.items())}" if held_too else ""
     except InputError:
         return None

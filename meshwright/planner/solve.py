@@ -425,7 +425,8 @@ def _notes(space: Space, x: Layout) -> tuple[str, ...]:
 
 def _inputs_hash(space: Space, limit_bytes: float) -> str:
     stamp = space.costs.stamp if space.costs else ""
-    parts = (space.graph.hash, space.cluster.model_dump_json(), stamp, space.workload.model_dump_json(), sorted(space.fixed.items()), limit_bytes, space.runnable)
+    asked = (space.workload.model_dump_json(), sorted(space.fixed.items()), limit_bytes, space.runnable)
+    parts = (space.graph.hash, space.cluster.model_dump_json(), stamp, *asked)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

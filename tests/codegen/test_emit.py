@@ -72,6 +72,39 @@ def test_recompute_by_stage_is_a_table(fix: str, tmp_path: Path) -> None:
     assert lint.returncode == 0, lint.stdout
 
 
+LAYERS = """
+import functools, sys, torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+folder, rank = sys.argv[1:]
+sys.path.insert(0, folder)
+dist.init_process_group("fake", rank=int(rank), world_size=2, store=FakeStore())
+import train
+stage = train.Trainer(torch.device("cpu"), 0).stage
+calls = {n: m.forward for n, m in stage.named_modules() if n.rpartition(".")[0].endswith("layers") and list(m.parameters())}
+kind = {n: "none" if not isinstance(f, functools.partial) else "selective" if "context_fn" in f.keywords else "full" for n, f in calls.items()}
+print(*kind.values())
+"""
+
+
+def test_scripts_recompute_the_layers_that_the_plan_says(tmp_path: Path) -> None:
+    """On each rank of a pipeline the emitted script wraps the first layers of its stage, with that stage's mode, and no others."""
+    fix = {"pp": 2, "tp": 1, "dp": 1, "recompute": "none"}
+    made = plan(LLAMA, "2xcpu", global_batch=8, seq=32, fix=fix, runnable=True)
+    assert isinstance(made, Plan)
+    stages = [{"recompute": "full", "recompute_layers": 1}, {"recompute": "selective"}]
+    emit(recomputing(made, stages), tmp_path / "run")
+    found = [
+        subprocess.run([sys.executable, "-c", LAYERS, str(tmp_path / "run"), str(rank)], capture_output=True, text=True, timeout=120)
+        for rank in range(2)
+    ]
+    lengths = [s.layers[1] - s.layers[0] for s in made.solution.stages]
+
+    assert [x.returncode for x in found] == [0, 0], found[0].stderr + found[1].stderr
+    assert found[0].stdout.split() == ["full"] + ["none"] * (lengths[0] - 1)
+    assert found[1].stdout.split() == ["selective"] * lengths[1]
+
+
 def test_what_is_not_run_yet_is_refused(tmp_path: Path) -> None:
     """A plan with parts that emit does not run names them, and nothing is written."""
     made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix={"cp": 2, "pp": 2, "tp": 1, "vpp": 1, "schedule": "zero-bubble"})

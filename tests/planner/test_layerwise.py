@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import pytest
 
 from meshwright.costmodel.layerprofile import EXACT, GALVATRON, Account, Pricer, makespan
-from meshwright.planner.layerwise import _Hull, _shared_bound, search, step_bound, strategies
+from meshwright.planner.layerwise import _shared_bound, search, step_bound, strategies
+from meshwright.planner.layerwisefront import _Hull
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.layerprofile import LayerPlan
 from tests.costmodel.made_layers import profile

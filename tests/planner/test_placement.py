@@ -9,7 +9,7 @@ import pytest
 
 from meshwright.costmodel import collectives
 from meshwright.costmodel.pipeline import makespan, simulate_schedule
-from meshwright.planner import placement
+from meshwright.planner import placement, placementsearch
 from meshwright.planner.placement import GroupTraffic, Placement, Traffic, apply_order, border_seconds, group_of, place, summary
 from meshwright.profiling.cluster import Cluster, Group, Link, Node, parse_cluster
 from meshwright.profiling.errors import InputError
@@ -148,8 +148,8 @@ def test_a_search_cut_short_is_honest(seed: int, monkeypatch: pytest.MonkeyPatch
     """Where not all mappings are seen, the bound is below the best of them, what was found is above, and never above the default."""
     c, t = instance(seed)
     monkeypatch.setattr(placement, "FEW", 0)
-    monkeypatch.setattr(placement, "ROWS", seed % 40)
-    monkeypatch.setattr(placement, "RUNGS", ((2, seed % 5),))
+    monkeypatch.setattr(placementsearch, "ROWS", seed % 40)
+    monkeypatch.setattr(placementsearch, "RUNGS", ((2, seed % 5),))
     best = float(every(c, t)[1].min())
     p = place(c, t)
     assert p.bound <= best * (1 + 1e-9)
@@ -221,7 +221,7 @@ def test_a_slow_link_is_avoided(sizes: list[int], shape: tuple[int, ...], slow: 
 
 def test_large_clusters_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of equal nodes without measured links one of the regular orders is proved best: the tensor-parallel axis goes into the node."""
-    monkeypatch.setattr(placement, "_walk", None)
+    monkeypatch.setattr(placementsearch, "_walk", None)
     c = parse_cluster("2048x8xH100-SXM")
     kinds = (GroupTraffic(("tp",), "all_gather", 6e7, 1000), GroupTraffic(("dp",), "all_reduce", 1e9))
     p = place(c, Traffic((16, 128, 1, 8), kinds, send_bytes=1e7, sends=2, rounds=15))
@@ -290,8 +290,8 @@ def test_the_same_answer_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search has no luck: the same problem gives the same mapping."""
     m = tiers([8, 8]) * np.random.default_rng(0).lognormal(0, 0.05, (16, 16))
     t = Traffic((2, 4, 1, 2), (GroupTraffic(("tp",), "all_gather", 6e7, 50), GroupTraffic(("dp",), "reduce_scatter", 1e9)), 3e7, 2, 7)
-    monkeypatch.setattr(placement, "RUNGS", ((4, 20), (2, 100)))
-    monkeypatch.setattr(placement, "ROWS", 2000)
+    monkeypatch.setattr(placementsearch, "RUNGS", ((4, 20), (2, 100)))
+    monkeypatch.setattr(placementsearch, "ROWS", 2000)
     first, again = (place(cluster([8, 8], m), t, seconds=600) for _ in range(2))
     assert first == again
     assert first.seconds < first.default_seconds

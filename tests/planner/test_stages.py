@@ -12,7 +12,7 @@ from made_memory import Pick, made_blocks, made_shape
 
 from meshwright.costmodel import schedules
 from meshwright.costmodel.stagememory import Blocks, Place, Shape, StageMemory
-from meshwright.planner import stages as module
+from meshwright.planner import stagecuts
 from meshwright.planner.stages import Choice, Cut, StageProblem, Stages, spreads
 
 FULL = 2
@@ -243,7 +243,7 @@ def check_least(p: StageProblem) -> None:
 def test_the_best_cut_is_the_best_of_all_that_fit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chosen cut and recompute are as fast as the fastest of all that fit in memory, and are found whenever one fits."""
     if seed % 2:
-        monkeypatch.setattr(module, "MANY", 0)
+        monkeypatch.setattr(stagecuts, "MANY", 0)
     check_best(made_problem(seed))
 
 
@@ -331,7 +331,7 @@ def test_alike_layers_are_as_good_as_told_apart(layers: int, pp: int, dense: int
 @pytest.mark.parametrize("tight", [0.5, 0.7, 0.9])
 def test_the_best_of_many_choices(layers: int, pp: int, dense: int, tight: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Enumeration agrees where a stage has many layers to choose from, most of them equal."""
-    monkeypatch.setattr(module, "MANY", 0)
+    monkeypatch.setattr(stagecuts, "MANY", 0)
     for seed in range(3):
         p = large(seed, layers, pp, dense, tight)
         check_best(p)
