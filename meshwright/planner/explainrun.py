@@ -120,7 +120,8 @@ def reopen(plan: Plan, *, costs: str | CostModel | None = "auto", runnable: bool
 
 def found_in(search: Search, plan: Plan) -> Candidate:
     """The plan's layout as this search prices it. InputError where it is not in the space or no longer fits."""
-    held = {k: getattr(plan.layout, k) for k in FIXABLE if (k, getattr(plan.layout, k)) not in (("recompute", "by stage"), ("loss", "plain"))}
+    free = {("recompute", "by stage"), *([("loss", "plain")] if plan.layout.tp > 1 else [])}
+    held = {k: getattr(plan.layout, k) for k in FIXABLE if (k, getattr(plan.layout, k)) not in free}
     best = search.holding(held).run(1).best
     if not best:
         raise InputError(f"the plan's layout does not fit any more as this version prices it ({plan.layout}): plan again")

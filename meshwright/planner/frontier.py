@@ -375,7 +375,8 @@ def _least(inputs: Inputs, top: int, max_seconds: float | None, say: Progress) -
 
 def held_of(layout: Layout) -> dict[str, Any]:
     """A layout as what a search holds; recompute that differs by stage is left to it."""
-    return {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in (("recompute", "by stage"), ("loss", "plain"))}
+    free = {("recompute", "by stage"), *([("loss", "plain")] if layout.tp > 1 else [])}
+    return {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in free}
 
 
 # --- sweep ---------------------------------------------------------------------------------------------------------------

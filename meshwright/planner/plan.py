@@ -323,7 +323,7 @@ class Plan(_Model):
     def check_runs(self) -> None:
         """Raises InputError where apply and emit do not run the plan yet."""
         if self.not_run:
-            raise InputError(f"the plan has {' and '.join(self.not_run)}, which apply and emit do not run yet: plan with --runnable")
+            raise InputError(f"the plan has {', '.join(self.not_run)}, which apply and emit do not run yet: plan with --runnable")
 
     @property
     def microbatches(self) -> int:

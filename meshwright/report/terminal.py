@@ -159,7 +159,7 @@ def _alternatives(plan: Plan) -> str:
     table = _table(
         ("#", "right"), ("dp", "right"), ("zero", "right"), ("tp", "right"), *([("cp", "right")] * cp), *([("ep", "right")] * ep), ("pp", "right"),
         *([("schedule", "left")] * pipes), ("mb", "right"), ("recompute", "left"), ("step", "right"), ("vs best", "right"), ("peak", "right"),
-        *([] if cp + ep + pipes > 1 else [("bound", "left")]),
+        *([] if pipes or cp + ep > 1 else [("bound", "left")]),
     )  # fmt: skip
     for i, a in enumerate(plan.alternatives):
         x = a.layout
@@ -168,7 +168,7 @@ def _alternatives(plan: Plan) -> str:
             f"{x.tp}{'+sp' if x.sp else ''}", *([f"{x.cp}{'u' * (x.cp > 1 and x.cp_kind == 'ulysses')}"] if cp else []),
             *([f"{x.ep}{f'x{x.etp}' if x.etp > 1 else ''}"] if ep else []), str(x.pp),
             *([f"{x.schedule}{f' x{x.vpp}' if x.vpp > 1 else ''}"] if pipes else []), str(x.micro_batch),
-            x.recompute, seconds(a.step_s), f"{a.slower:+.1%}" if i else "-", gib(a.peak_bytes), *([] if cp + ep + pipes > 1 else [a.bottleneck]),
+            x.recompute, seconds(a.step_s), f"{a.slower:+.1%}" if i else "-", gib(a.peak_bytes), *([] if pipes or cp + ep > 1 else [a.bottleneck]),
         )  # fmt: skip
     return _text(table)
 
@@ -257,7 +257,7 @@ def _notes(plan: Plan) -> str:
 
 def _next(saved: str, plan: Plan) -> str:
     if plan.not_run:
-        text = f"emit and apply do not run {' and '.join(plan.not_run)} yet: add --runnable for the best of what they run"
+        text = f"emit and apply do not run {', '.join(plan.not_run)} yet: add --runnable for the best of what they run"
         return "\n".join(["Next", *_paragraph(text, "  ")])
     if saved:
         return f"Saved {saved}    Next: meshwright emit {saved} -o run"

@@ -109,7 +109,7 @@ def test_what_is_not_run_yet_is_refused(tmp_path: Path) -> None:
     """A plan with parts that emit does not run names them, and nothing is written."""
     made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix={"cp": 2, "pp": 2, "tp": 1, "vpp": 1, "schedule": "zero-bubble"})
     assert isinstance(made, Plan)
-    with pytest.raises(InputError, match="cp=2 and schedule=zero-bubble, which apply and emit do not run yet: plan with --runnable"):
+    with pytest.raises(InputError, match="cp=2, schedule=zero-bubble, which apply and emit do not run yet: plan with --runnable"):
         emit(made, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
