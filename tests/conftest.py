@@ -16,6 +16,12 @@ TINY = {
     "vocab_size": 256, "max_position_embeddings": 128,
 }  # fmt: skip
 SEQ = 32
+# Files that take longest come first, so that two workers end at the same time
+LONGEST = ("planner/test_search.py", "costmodel/test_memory.py", "parity/test_parity.py", "codegen/test_dryrun.py", "codegen/test_dryrun_truth.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if str(item.path).endswith(name)), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

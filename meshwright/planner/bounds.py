@@ -22,7 +22,7 @@ from meshwright.costmodel.memory import MASTER, REDUCED
 from meshwright.costmodel.step import Bound, Priced, in_flight
 
 Array = np.ndarray
-HALVINGS = 20
+HALVINGS = 14
 SLACK = 1e-6  # of a layer
 V_SHAPES = [SCHEDULES.index(name) for name in V_SHAPED]
 

@@ -265,7 +265,8 @@ class Certificate(_Model):
     """The proof: every layout of the space was evaluated, or its bound was above the best, or it does not fit.
 
     `space` = `pruned_by_memory` + `pruned_by_bound` + `evaluated` + `open`; `priced` of them went through the cost model's arrays, the
-    others lie under a bound that holds for all of their kind. `bound_s` is a lower bound on the step (or on the price, for other
+    others lie under a bound that holds for all of their kind. `infeasible`: of the evaluated, those without a cut that fits and beats the
+    best. `bound_s` is a lower bound on the step (or on the price, for other
     objectives) of every layout that fits; `gap` = best / bound - 1, above 0 only where the time ran out with layouts `open`.
     """
 

@@ -144,7 +144,7 @@ def _answer(plan: Plan) -> str:
         f"step {seconds(step.p50)} [{span(step.p05, step.p95)}]", f"{p.tokens_per_s:,.0f} tokens/s", f"MFU {p.mfu:.0%}",
         f"peak {gib(m.peak.p50)} of {gib(m.capacity)} [p95 {gib(m.peak.p95)}]",
     )  # fmt: skip
-    search = f"{s.space:,} layouts, {s.pruned_by_memory + s.infeasible:,} do not fit, {proof}, {s.seconds:.1f} s; bound by {rest}"
+    search = f"{s.space:,} layouts, {s.pruned_by_memory:,} do not fit, {proof}, {s.seconds:.1f} s; bound by {rest}"
     asked = f"{plan.model.name} ({count(plan.model.numel)} parameters) on {plan.cluster.name}; batch {w.global_batch}, sequence {w.seq}"
     lines = [f"Plan  {_layout(plan.layout)}"]
     for text in ("  ".join(figures), search, f"{asked}, {w.precision}"):

@@ -54,7 +54,7 @@ def test_round_trip_of_what_is_not_run_yet(free_plan: Plan, plan: Plan, tmp_path
     assert Plan.load(tmp_path / "plan.json") == free_plan
     assert [len(s.chunks) for s in free_plan.solution.stages] == [2, 2]
     assert set(free_plan.not_run) == {"cp=2", "vpp=2", "replicas=2", "schedule=interleaved"}
-    with pytest.raises(InputError, match="cp=2 and .* which apply and emit do not run yet: plan with --runnable"):
+    with pytest.raises(InputError, match="cp=2, .* which apply and emit do not run yet: plan with --runnable"):
         free_plan.check_runs()
     plan.check_runs()
 
