@@ -123,26 +123,16 @@ def plan(
     to what apply and emit run. After `max_seconds` the best so far is returned, with its gap. Raises InputError for bad input.
     """
     say = progress or (lambda _: None)
-    for name, value in (("global batch", global_batch), ("sequence length", seq), ("number of layouts to show", top)):
-        if value < 1:
-            raise InputError(f"the {name} must be at least 1, not {value}")
-        if value > MOST:
-            raise InputError(f"the {name} is at most {MOST:,}")
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer {optimizer!r} is not known: it is one of {', '.join(OPTIMIZERS)}")
-    where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
-    precision = precision or ("fp32" if where.device.kind == "cpu" else "bf16")
-    if isinstance(model, str):
-        say(f"tracing {model}")
-        model = trace(model, seq=seq, precision=precision, sample=sample)
-    if not model.numel:
-        raise InputError(f"{model.name} has no parameters: there is nothing to train")
-    if (model.seq, model.precision) != (seq, precision):
-        raise InputError(f"the model was traced at sequence {model.seq} in {model.precision}, not at {seq} in {precision}")
-    workload = Workload(global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
-    limit_bytes = parse_limit(limit, where.device.memory_bytes)
-    say(f"sharding {len(model.blocks)} unique blocks")
-    space = Space(model, where, workload, fix or {}, cost_model(costs, where), runnable)
+    if not 1 <= top <= MOST:
+        words = f"must be at least 1, not {top}" if top < 1 else f"is at most {MOST:,}"
+        raise InputError(f"the number of layouts to show {words}")
+    asked = prepare(
+        model, cluster, global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer, sample=sample, limit=limit, fix=fix,
+        costs=costs, runnable=runnable, progress=progress,
+    )  # fmt: skip
+    where, limit_bytes = asked.cluster, asked.limit_bytes()
+    say(f"sharding {len(asked.graph.blocks)} unique blocks")
+    space = Space(asked.graph, where, asked.workload, asked.fixed, asked.costs, runnable)
     say("searching")
     search = Search(space, limit_bytes)
     outcome = search.run(top, lambda n, left: say(f"searching: {n} layouts evaluated, {left} choices of degrees left"), max_seconds)
