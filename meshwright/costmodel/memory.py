@@ -21,13 +21,9 @@ SAVED_KINDS = frozenset(("matmul", "attention", "experts", "conv"))  # what sele
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Bytes per parameter of an optimizer's fp32 state, and of what a fused step reads and writes: parameter, gradient, state."""
+    """Bytes per parameter of an optimizer's fp32 state."""
 
     state_bytes: float
-
-    @property
-    def traffic_bytes(self) -> float:
-        return 12.0 + 2 * self.state_bytes
 
 
 # Two moments (Loshchilov & Hutter 2019), one, none

@@ -39,6 +39,7 @@ from meshwright.profiling.graph import ModelGraph
 # Share of traffic that hides behind compute, where there is enough of that, fitted to published runs (constants.yaml).
 OVERLAP = constants.value("overlap")
 ACCUMULATE_BYTES = 10.0  # per parameter and microbatch: reads a 16-bit gradient, reads and writes an fp32 sum
+UPDATE_BYTES = 12.0  # per parameter: a fused step reads it and its gradient and writes it, in fp32; the state comes on top
 # Nine of ten uncalibrated predictions of published runs by models of this kind were within this factor.
 SPREAD = 1.3
 Array = np.ndarray
@@ -270,7 +271,7 @@ class Bound(BoundMemory):
         here = 2 * state * local / moved_Bps
         there = 2 * state * local / host if host else np.full_like(local, np.inf)
         offload = x.offload[:, None]
-        optimizer = 12.0 * local / moved_Bps
+        optimizer = UPDATE_BYTES * local / moved_Bps
         moved = np.where(offload == OFFLOADS.index("optimizer"), there, here)
         optimizer = optimizer + np.where(offload == FREE, np.minimum(here, there), moved)
         once = np.where(free, 0.0, once)

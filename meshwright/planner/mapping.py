@@ -11,35 +11,36 @@ MOST_DEVICES = 1024
 
 
 def traffic_of(search: Search, c: Candidate) -> Traffic:
-    """What a candidate's slowest rank sends in a step. All-to-all of experts is left out unless they take the whole stage."""
+    """What a candidate's slowest rank sends in a step. Nothing is taken to hide behind compute, and all-to-all of
+    experts is left out unless they take the whole stage."""
     x, row, p = c.layout, c.row, search.priced(c)
     m, slowest = int(row.microbatches[0]), max(range(len(c.cut.costs)), key=lambda r: c.cut.costs[r].c)
     blocks, modes = search.rank_blocks(c, slowest)
     batch = x.micro_batch / x.cp
-    times: Counter[tuple[tuple[str, ...], str, float, float]] = Counter()
+    times: Counter[tuple[tuple[str, ...], str, float]] = Counter()
     tables, t, k = search.bound.tables, int(p.sharding[0]), int(p.batch[0])
     over = ("dp", "cp")
     for block, mode in zip(blocks.tolist(), modes.tolist()):
         sharded = tables.shardings[t][block]
         for g in sharded.collectives:
             repeated = 1 + (mode == 2 and g.phase == "forward")
-            times[("tp",), g.op, g.amount.const + batch * g.amount.per_sample, 1.0] += m * repeated
+            times[("tp",), g.op, g.amount.const + batch * g.amount.per_sample] += m * repeated
         if x.cp > 1 and (kv := float(tables.keys_values[t, block, k])):
-            times[("cp",), "all_gather" if x.cp_kind == "ring" else "all_to_all", kv * (x.cp if x.cp_kind == "ring" else 1), 1.0] += 3 * m
+            times[("cp",), "all_gather" if x.cp_kind == "ring" else "all_to_all", kv * (x.cp if x.cp_kind == "ring" else 1)] += 3 * m
         if x.ep == x.tp * x.cp * x.dp and (rows := float(tables.rows_out[t, block, k])):
-            times[("dp", "cp", "tp"), "all_to_all", rows, 1.0] += 4 * m
+            times[("dp", "cp", "tp"), "all_to_all", rows] += 4 * m
         local = float(p.dense[0, block])
         if local and x.dp * x.cp > 1:
             often = m if x.zero >= 2 else 1
             if x.zero == 0:
-                times[over, "all_reduce", 4.0 * local, 1.0] += 1
+                times[over, "all_reduce", 4.0 * local] += 1
             else:
-                times[over, "reduce_scatter", 4.0 * local, 1.0] += often
-                times[over, "all_gather", search.bound.compute_bytes * local, 1.0] += 2 * m if x.zero == 3 else 1
+                times[over, "reduce_scatter", 4.0 * local] += often
+                times[over, "all_gather", search.bound.compute_bytes * local] += 2 * m if x.zero == 3 else 1
     shape = {"pp": x.pp, "dp": x.dp, "cp": x.cp, "tp": x.tp}
     groups = tuple(
-        GroupTraffic(axes=axes, op=op, nbytes=nbytes, times=float(n), exposed=share)  # type: ignore[arg-type]
-        for (axes, op, nbytes, share), n in times.items()
+        GroupTraffic(axes=axes, op=op, nbytes=nbytes, times=float(n))  # type: ignore[arg-type]
+        for (axes, op, nbytes), n in times.items()
         if any(shape[a] > 1 for a in axes)
     )
     return Traffic(

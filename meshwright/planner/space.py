@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel import schedules
-from meshwright.costmodel.layouts import FREE, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, STATE_DTYPES, V_SHAPED, Layouts
+from meshwright.costmodel.layouts import FREE, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, STATE_DTYPES, Layouts
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.plan import RUNS, Layout, Workload
 from meshwright.planner.shardedmodel import shard_model
 from meshwright.planner.sharding import NotShardable
+from meshwright.planner.tables import uses_vocab_parallel_loss
 from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
@@ -166,13 +167,13 @@ class Space:
     # -- what the model allows
 
     @cached_property
-    def moe(self) -> tuple[int, int]:
-        """Experts of every expert block and their inner size (common divisors); () in effect, (0, 0), without experts."""
-        found = [op for b in self.graph.blocks for op in b.ops if op.kind == "experts"]
-        experts = gcd(*(op.dims["experts"] for op in found)) if found else 0
-        last = {b.id: [op for op in b.ops if op.kind == "experts"][-1] for b in self.graph.blocks if any(op.kind == "experts" for op in b.ops)}
-        inner = gcd(*(op.dims["k"] for op in last.values())) if last else 0
-        return (experts, inner) if found else ()  # type: ignore[return-value]
+    def moe(self) -> tuple[int, int] | None:
+        """Experts of every expert block and their inner size (common divisors); None without experts."""
+        products = [[op for op in b.ops if op.kind == "experts"] for b in self.graph.blocks]
+        products = [ops for ops in products if ops]
+        if not products:
+            return None
+        return gcd(*(op.dims["experts"] for ops in products for op in ops)), gcd(*(ops[-1].dims["k"] for ops in products))
 
     @cached_property
     def no_context(self) -> str:
@@ -300,7 +301,7 @@ class Space:
 
     def _losses(self, tp: int, sp: bool) -> list[int]:
         """The loss is on shards of the classes where the sharding has it so; else whole, at once or in chunks."""
-        divided = any(op.kind == "cross_entropy" and op.name in b.divided for b in self.shardings[tp, sp] for op in b.block.ops)
+        divided = uses_vocab_parallel_loss(self.shardings[tp, sp])
         plain = ("plain", "chunked") if self.graph.objective == "cross_entropy" and tp == 1 and self.graph.program is not None else ("plain",)
         return [LOSSES.index(n) for n in self._names("loss", ("vocab_parallel",) if divided else plain)]
 
@@ -384,4 +385,4 @@ def to_arrays(layouts: list[Layout], workload: Workload) -> Layouts:
     )  # fmt: skip
 
 
-__all__ = ["CHOICES", "FIXABLE", "RUNS", "V_SHAPED", "Details", "Space", "divisors", "layout_of", "parse_fix", "to_arrays"]
+__all__ = ["CHOICES", "FIXABLE", "RUNS", "Details", "Space", "divisors", "layout_of", "parse_fix", "to_arrays"]

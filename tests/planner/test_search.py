@@ -352,7 +352,8 @@ def test_bounds_are_never_above_what_they_bound(
     limit = tightness * max(max(k.live_bytes for k in c.costs) for c in cuts if c is not None)
     tight = instance(which, cluster, heavy, global_batch, {**more, **fix}, limit)
     assert tight is not None
-    exact = {x: (cut.step_s if cut is not None else np.inf) for x in layouts if (cut := tight.stages(tight.row(x)).best()) is not None or True}
+    solved = {x: tight.stages(tight.row(x)).best() for x in layouts}
+    exact = {x: cut.step_s if cut is not None else np.inf for x, cut in solved.items()}
     rows = np.arange(len(tight.degrees))
     ratio = tight.bound.least_ratio(tight.degrees, tight.space.schedules)
     expanded, origin, below = tight.expand(rows)
