@@ -1,10 +1,11 @@
-# make demo: set up, plan a 70B model, then plan, emit and run a small one. make test: set up, lint, types and tests.
+# make demo: set up, plan a 70B model, then plan, emit and run a small one. make test: set up, lint, types and tests; of the parity matrix the
+# 60 layouts that cover most pairs of choices. make parity: all of them, 200 and more, about a quarter of an hour.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-.PHONY: demo test check install clean
+.PHONY: demo test parity check install clean
 install: $(DONE)
 
 $(DONE): pyproject.toml constraints.txt
@@ -21,6 +22,9 @@ check: $(DONE)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+parity: $(DONE)
+	$(BIN)/python -m pytest tests/parity/test_parity.py --parity-full
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -190,7 +190,7 @@ def plans(args: argparse.Namespace, graph: ModelGraph, costs: Any, device: torch
     found: list[tuple[str, Plan | str]] = []
     for name, fix in layouts(world, args.batch).items():
         try:
-            made = plan(graph, cluster, global_batch=args.batch, seq=args.seq, precision=graph.precision, fix=fix, top=1, costs=costs, runnable=True)
+            made = plan(graph, cluster, global_batch=args.batch, seq=args.seq, precision=graph.precision, fix=fix, top=1, costs=costs)
         except InputError as e:
             found.append((name, str(e)))
             continue

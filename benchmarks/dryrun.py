@@ -72,7 +72,7 @@ def main() -> None:
     graph = trace(MODEL, seq=SEQ, precision="bf16")
     with tempfile.TemporaryDirectory() as folder:
         for fix, ranks in ROWS:
-            made = plan(graph, CLUSTER, global_batch=BATCH, seq=SEQ, fix=parse_fix(fix), runnable=True)
+            made = plan(graph, CLUSTER, global_batch=BATCH, seq=SEQ, fix=parse_fix(fix))
             if not isinstance(made, Plan):
                 print(f"{fix:<61} does not fit")
                 continue

@@ -123,7 +123,7 @@ class Draw:
             optimizer = draw.choice(["adamw", "adamw", "adamw", "sgd-momentum", "sgd"])
             batch = cluster.size * draw.choice([1, 2, 4, 8])
             workload = Workload(global_batch=batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
-            layouts = list(Space(graph, cluster, workload, runnable=True).layouts())
+            layouts = list(Space(graph, cluster, workload).layouts())
             if not layouts:
                 continue
             key = draw.choice(sorted({(x.tp, x.pp) for x in layouts}))  # so that large degrees are as frequent as small ones

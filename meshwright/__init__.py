@@ -10,6 +10,7 @@ from meshwright.version import __version__
 # loaded on first use: `import meshwright` stays quick, and profiling works where the planner's libraries are missing
 _HOMES = {
     "plan": "meshwright.planner.solve",
+    "check": "meshwright.planner.checkrun:run_checks",
     "Infeasible": "meshwright.planner.solve",
     "Plan": "meshwright.planner.plan",
     "Workload": "meshwright.planner.plan",
@@ -18,12 +19,18 @@ _HOMES = {
     "trace": "meshwright.profiling.trace",
     "apply": "meshwright.codegen.apply",
     "emit": "meshwright.codegen.emit",
+    "parallelize": "meshwright.decorator",
+    "DoesNotFit": "meshwright.decorator",
 }
 
-__all__ = ["Cluster", "Infeasible", "InputError", "Plan", "Workload", "__version__", "apply", "emit", "plan", "trace"]
+__all__ = [
+    "Cluster", "DoesNotFit", "Infeasible", "InputError", "Plan", "Workload", "__version__", "apply", "check", "emit", "parallelize", "plan",
+    "trace",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'meshwright' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home, _, other = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(home), other or name)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from meshwright import cli_check, cli_dryrun, cli_explain
+from meshwright import cli_check, cli_dryrun, cli_explain, cli_kernels, cli_run
 from meshwright.profiling.errors import InputError
 from meshwright.version import __version__
 
@@ -63,7 +63,7 @@ def plan(
     deadline: Annotated[str, typer.Option(help="how long all --tokens may take, like 14d, 36h or 90m")] = "",
     tokens: Annotated[str, typer.Option(help="tokens to train on, like 15T, 300B or 1.5e12")] = "",
     price: Annotated[float | None, typer.Option(help="of a device-hour, in any currency; without it cost is in device-hours")] = None,
-    runnable: Annotated[bool, typer.Option("--runnable", help="keep to what apply and emit run today")] = False,
+    kernels: Annotated[str, typer.Option(help="auto: generated Triton kernels where they are priced below eager code; off")] = "off",
     output: Annotated[str, typer.Option("-o", "--output", help="save the plan here")] = "",
     as_json: JsonOpt = False,
 ) -> None:
@@ -81,11 +81,13 @@ def plan(
     wanted = frontier.Target(frontier.parse_tokens(tokens) if tokens else None, frontier.parse_deadline(deadline) if deadline else None, price)
     chosen = frontier.check_asked(objective, wanted, bool(sweep), max_seconds)
     fixed = parse_fix(fix)
+    if kernels not in ("auto", "off"):
+        raise InputError(f"--kernels {kernels}: it is auto or off")
     _check_output(output)
     with _progress() as say:
         asked: dict[str, Any] = {
             "global_batch": global_batch, "seq": seq, "precision": _precision(precision), "optimizer": optimizer, "sample": sample or None,
-            "limit": limit, "fix": fixed, "costs": None if costs == "datasheet" else costs, "runnable": runnable, "progress": say,
+            "limit": limit, "fix": fixed, "costs": None if costs == "datasheet" else costs, "progress": say,
         }  # fmt: skip
         found: Any
         if sweep:
@@ -95,6 +97,12 @@ def plan(
         else:
             inputs = prepare(model, cluster, **asked)
             found = frontier.plan_for(chosen, inputs, target=wanted, top=top, max_seconds=max_seconds, progress=say)
+        if kernels == "auto" and isinstance(found, Plan):
+            from meshwright.codegen.kernels.planned import with_kernels
+
+            say("choosing kernels")
+            asked_for = prepare(model, cluster, **asked)
+            found = with_kernels(found, asked_for.graph, asked_for.costs)
     text = found.to_json() if isinstance(found, Plan) else found.model_dump_json(by_alias=True, indent=2) + "\n"
     if output:
         write_atomically(Path(output), text)
@@ -114,13 +122,23 @@ def plan(
 def emit(
     plan: Annotated[str, typer.Argument(help="a plan that `meshwright plan -o` saved")],
     output: Annotated[str, typer.Option("-o", "--output", help="the folder to write")],
+    for_: Annotated[str, typer.Option("--for", help="torchtitan, megatron or deepspeed: that engine's own configuration and command instead")] = "",
     as_json: JsonOpt = False,
 ) -> None:
-    """Write the training script of a plan: train.py, the pieces it imports, and launch.sh."""
+    """Write the training script of a plan: train.py, the pieces it imports, launch.sh; or what another engine needs to run it."""
     from meshwright.codegen.emit import emit as write
+    from meshwright.codegen.launch import engine
     from meshwright.planner.plan import Plan
+    from meshwright.report.run import render_engine
 
     made = Plan.load(plan)
+    if for_:
+        found = engine.configure(made, for_)
+        files = engine.write(made, found, output)
+        names = [str(f.relative_to(output)) for f in files]
+        told = {"folder": output, "engine": found.release, "files": [str(f) for f in files], "command": found.command, "lost": list(found.lost)}
+        _print(json.dumps(told, indent=2) if as_json else render_engine(made, found, output, names))
+        return
     files = write(made, output)
     if as_json:
         print(json.dumps({"folder": output, "files": [str(f) for f in files]}, indent=2))
@@ -333,6 +351,8 @@ def calibrate(
 cli_check.register(app)
 cli_dryrun.register(app)
 cli_explain.register(app)
+cli_run.register(app)
+cli_kernels.register(app)
 
 
 def _check_output(output: str) -> None:

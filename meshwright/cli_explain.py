@@ -12,7 +12,6 @@ def explain(
     why_not: Annotated[list[str], typer.Option(help="solve with this held instead, like tp=1 or tp=8,zero=3; may be repeated")] = [],  # noqa: B006
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="every constraint by name, and the integer programmes in words")] = False,
     costs: Annotated[str, typer.Option(help="the cost model that the plan was made with: a .costs file, auto, or datasheet")] = "auto",
-    runnable: Annotated[bool, typer.Option("--runnable", help="keep to what apply and emit run today")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Say why a plan is as it is; with --why-not, the price of another choice, or the constraint that forbids it and what would do."""
@@ -41,7 +40,7 @@ def explain(
         _print(made.model_dump_json(by_alias=True, indent=2) if as_json else render_infeasible(made))
         return
     with _progress() as say:
-        found = run(made, questions, costs=None if costs == "datasheet" else costs, runnable=runnable, blocks=verbose, progress=say)
+        found = run(made, questions, costs=None if costs == "datasheet" else costs, blocks=verbose, progress=say)
     _print(found.model_dump_json(by_alias=True, indent=2) if as_json else render_explanation(found))
 
 

@@ -90,7 +90,7 @@ def test_nothing_fits(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-d
 def test_plan_emit_and_run(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A saved plan is emitted, and its launch.sh prints a loss a step under torchrun."""
     saved, folder = tmp_path / "plan.json", tmp_path / "run"
-    code, out, _ = run(*SMALL, "--cluster", "2xcpu", "--runnable", "--fix", "tp=2", "-o", str(saved))
+    code, out, _ = run(*SMALL, "--cluster", "2xcpu", "--fix", "tp=2", "-o", str(saved))
     assert code == 0
     assert f"Saved {saved}" in out
     code, out, _ = run("emit", str(saved), "-o", str(folder))
@@ -101,17 +101,6 @@ def test_plan_emit_and_run(run, tmp_path: Path) -> None:  # type: ignore[no-unty
 
     assert made.returncode == 0, made.stderr
     assert [line.split()[:3:2] for line in made.stdout.splitlines()] == [["step", "loss"], ["step", "loss"]]
-
-
-def test_emit_of_what_is_not_run_yet(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The plan's last lines say to add --runnable; emit and dryrun refuse it in one sentence, and nothing is written."""
-    saved, folder = tmp_path / "plan.json", tmp_path / "run"
-    code, out, _ = run(*SMALL, "--cluster", "8xH100-SXM", "--fix", "cp=2", "-o", str(saved))
-    assert code == 0
-    assert "add --runnable" in " ".join(out.partition("Next")[2].split())
-    for verb in (("emit", str(saved), "-o", str(folder)), ("dryrun", str(saved))):
-        refused(run(*verb), "cp=2", "plan with --runnable")
-    assert not folder.exists()
 
 
 def test_trace_and_devices(run) -> None:  # type: ignore[no-untyped-def]
@@ -196,9 +185,9 @@ def test_config_that_is_not_a_model(run, tmp_path: Path) -> None:  # type: ignor
 
 def test_heads_that_tp_does_not_divide(run) -> None:  # type: ignore[no-untyped-def]
     """Such a layout is skipped, which is said; asked for alone it is refused."""
-    code, out, _ = run(*SMALL, "--cluster", "8xH100", "--runnable", "--json")
+    code, out, _ = run(*SMALL, "--cluster", "8xH100", "--json")
     assert any("key-value heads are not divisible by 8" in r["constraint"] for r in json.loads(out)["rejected"])
-    refused(run(*SMALL, "--cluster", "8xH100", "--runnable", "--fix", "tp=8"), "4 key-value heads are not divisible by 8")
+    refused(run(*SMALL, "--cluster", "8xH100", "--fix", "tp=8"), "4 key-value heads are not divisible by 8")
 
 
 @pytest.mark.parametrize(

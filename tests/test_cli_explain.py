@@ -116,13 +116,6 @@ def test_tokens_and_deadlines(run) -> None:  # type: ignore[no-untyped-def]
     assert "1 h" in out or "60 m" in out
 
 
-def test_runnable_keeps_to_what_runs(run) -> None:  # type: ignore[no-untyped-def]
-    from meshwright.planner.plan import Plan
-
-    _, out, _ = run(*SMALL, "--cluster", "8xH100-SXM", "--runnable", "--json")
-    assert Plan.from_json(out).not_run == ()
-
-
 def test_bad_input(run) -> None:  # type: ignore[no-untyped-def]
     asked = [*SMALL, "--cluster", "2xH100-SXM"]
     refused(run(*asked, "--objective", "fame"), "'fame'", "throughput, gpus, cost, memory")

@@ -10,8 +10,8 @@ run meshwright plan examples/models/llama-3.1-70b.json --cluster 8x8xH100-SXM --
 
 printf '\nNow a small model on four CPU ranks of this machine, and the same model on one.\n'
 small=(examples/models/tiny-llama.json --global-batch 16 --seq 64)
-run meshwright plan "${small[@]}" --cluster 4xcpu --runnable --fix tp=2,pp=2,micro_batch=4 -o "$work/four.json"
-run meshwright plan "${small[@]}" --cluster 1xcpu --runnable -o "$work/one.json" >/dev/null
+run meshwright plan "${small[@]}" --cluster 4xcpu --fix tp=2,pp=2,micro_batch=4 -o "$work/four.json"
+run meshwright plan "${small[@]}" --cluster 1xcpu -o "$work/one.json" >/dev/null
 run meshwright emit "$work/four.json" -o "$work/four"
 run meshwright emit "$work/one.json" -o "$work/one"
 bash "$work/four/launch.sh" --steps 20 >"$work/four.log"

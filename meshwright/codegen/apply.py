@@ -7,127 +7,63 @@ the layers is the plan's program, interpreted.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
+from meshwright.codegen.kernels.install import install
+from meshwright.codegen.kernels.planned import kernels_of
+from meshwright.codegen.kernels.vocab_parallel import vocab_parallel_cross_entropy as fused_cross_entropy
 from meshwright.codegen.runtime import loss as losses
-from meshwright.codegen.runtime.pipeline import PerMicrobatch, add_tied_gradients, first_last_pair, leave_out, mean_over_ranks, reshard
+from meshwright.codegen.runtime.context import attend, slice_tokens
+from meshwright.codegen.runtime.experts import fully_shard_layer, place_experts
+from meshwright.codegen.runtime.mesh import Mesh
+from meshwright.codegen.runtime.optimizer import Streamed, by_mesh, clip_gradients
+from meshwright.codegen.runtime.pipeline import add_tied_gradients, first_last_pair, held_twice, mean_over_ranks
 from meshwright.codegen.runtime.recompute import recompute
-from meshwright.codegen.runtime.tensor_parallel import Local, convert
+from meshwright.codegen.runtime.steps import accumulate, pipeline, run_schedule
+from meshwright.codegen.runtime.tensor_parallel import Local
 from meshwright.codegen.runtime.weights import gather_full
-from meshwright.planner.plan import ModuleSharding, Plan, StageProgram
+from meshwright.codegen.stage import Chunks, ProgramStage, WholeModel, split, split_ties
+from meshwright.costmodel import schedules
+from meshwright.costmodel.layouts import LOSS_CHUNKS
+from meshwright.planner.plan import Layout, ModuleSharding, Plan
 from meshwright.planner.states import parse
 from meshwright.profiling.errors import InputError
-from meshwright.profiling.graph import Statement
-from meshwright.profiling.loading import main_output
+from meshwright.profiling.graph import ModelInput
 
+LOG = logging.getLogger("meshwright")
+PipelineSchedule = PipelineScheduleSingle | PipelineScheduleMulti
 LossFn = Callable[[Tensor, Any], Tensor]
-MESH = ("pp", "replicate", "shard", "tp")
 # by the plan's names: the class in torch.optim and what it takes on a GPU; none makes temporaries (DTensor has no fused SGD)
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("AdamW", {"fused": True}), "sgd-momentum": ("SGD", {"momentum": 0.9, "foreach": False}), "sgd": ("SGD", {"foreach": False}),
 }  # fmt: skip
-SCHEDULES: dict[str, type[Schedule1F1B] | type[ScheduleGPipe]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+SCHEDULES: dict[str, type[PipelineSchedule]] = {
+    "1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B, "zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV, "looped-bfs": ScheduleLoopedBFS,
+}  # fmt: skip
 
 
 class PlanMismatch(InputError):
     """The plan is for another number of ranks, or for another model."""
-
-
-class ProgramStage(nn.Module):
-    """Layers [first, last) of a model, with the code before and after them on the first and last stage."""
-
-    def __init__(self, model: nn.Module, program: StageProgram, first: int, last: int, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self.model, self.program, self.span, self.mesh = model, program, (first, last), mesh
-        self.is_first, self.is_last = first == 0, last == len(program.layers)
-        drop = [p for i, p in enumerate(program.layers) if not first <= i < last]
-        kept = modules_of(program.side)
-        drop += [m for m in modules_of(program.stem) if not self.is_first and m not in kept]
-        drop += [m for m in modules_of(program.head) if not self.is_last and m not in kept]
-        leave_out(model, drop)
-
-    def forward(self, *inputs: Tensor, seen: Callable[[Tensor], None] | None = None) -> Tensor:
-        """The stage's output. `seen` is shown what enters the first layer."""
-        names = self.program.inputs if self.is_first else ("h",)
-        env: dict[str, Any] = dict(zip(names, inputs, strict=True))
-        if self.is_first:
-            self._run(self.program.stem, env)
-        if seen is not None:
-            seen(env["h"])
-        self._run(self.program.side, env)
-        for path in self.program.layers[slice(*self.span)]:
-            args, kwargs = self._call(self.program.layer_args, self.program.layer_kwargs, env)
-            env["h"] = self.model.get_submodule(path)(*args, **kwargs)
-        if not self.is_last:
-            return env["h"]  # type: ignore[no-any-return]
-        self._run(self.program.head, env)
-        return env[self.program.output]  # type: ignore[no-any-return]
-
-    def _run(self, statements: Sequence[Statement], env: dict[str, Any]) -> None:
-        for s in statements:
-            kind, _, what = s.target.partition(":")
-            args, kwargs = self._call(s.args, s.kwargs, env)
-            if kind == "module":
-                made = self.model.get_submodule(what)(*args, **kwargs)
-            elif kind == "convert":
-                made = convert(args[0], what, self.mesh["tp"])
-            elif kind == "get":
-                made = args[0][int(what)]
-            else:
-                name, _, overload = what.partition(".")
-                made = getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
-            env.update(zip(s.outputs, made if len(s.outputs) > 1 else (made,), strict=True))
-
-    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], env: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        return [self._value(a, env) for a in args], {k: self._value(v, env) for k, v in kwargs.items()}
-
-    def _value(self, x: Any, env: dict[str, Any]) -> Any:
-        if isinstance(x, dict):
-            if set(x) == {"ref"}:
-                return env[x["ref"]]
-            if set(x) == {"attr"}:
-                return functools.reduce(getattr, x["attr"].split("."), self.model)
-            if set(x) == {"device"}:
-                return next(v for v in env.values() if isinstance(v, Tensor)).device
-            if set(x) == {"dtype"}:
-                return getattr(torch, x["dtype"])
-            if set(x) == {"tuple"}:
-                return tuple(self._value(v, env) for v in x["tuple"])
-            if set(x) == {"dict"}:
-                return {k: self._value(v, env) for k, v in x["dict"].items()}
-        if isinstance(x, list | tuple):
-            return type(x)(self._value(v, env) for v in x)
-        return x
-
-
-class WholeModel(nn.Module):
-    """A model that runs as it is, returning the tensor that the loss reads."""
-
-    def __init__(self, model: nn.Module, keys: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.keys = model, tuple(keys)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        named = dict(zip(self.keys, inputs, strict=True))
-        positional = [named.pop(k) for k in self.keys if k.startswith("input_") and k[6:].isdigit()]
-        out = main_output(self.model(*positional, **named))
-        assert out is not None
-        return out
-
-
-def modules_of(statements: Sequence[Statement]) -> list[str]:
-    """Paths of the modules that statements call."""
-    return [s.target.removeprefix("module:") for s in statements if s.target.startswith("module:")]
 
 
 def packed_parameters(plan: Plan) -> dict[str, tuple[int, int]]:
@@ -139,6 +75,11 @@ def packed_parameters(plan: Plan) -> dict[str, tuple[int, int]]:
                 state = parse(text)
                 if state.pieces > 1:
                     found[".".join(x for x in (prefix, m.module, name) if x)] = (state.dim, state.pieces)
+    for e in plan.solution.experts:
+        owners = [f"{e.module}.{e.listed}.{i}" for i in range(e.experts)] if e.listed else [e.module]
+        states = {f"{owner}.{name}": parse(text) for owner in owners for name, text in e.params.items()}
+        for path in (plan.model.layer_paths[i] for i in e.layers):
+            found |= {f"{path}.{name}": (state.dim, state.pieces) for name, state in states.items() if state.pieces > 1}
     return found
 
 
@@ -150,27 +91,24 @@ def _sharded_modules(plan: Plan) -> Iterator[tuple[str, tuple[ModuleSharding, ..
 
 
 class Parallel:
-    """A model that trains as a Plan says. `stage` is this rank's part; parameters keep the model's own names."""
+    """A model that trains as a Plan says. `stage` is this rank's part, `parts` its chunks; parameters keep the model's own names."""
 
-    def __init__(self, plan: Plan, stage: nn.Module, mesh: DeviceMesh, loss: LossFn) -> None:
-        self.plan, self.stage, self.mesh, self.loss = plan, stage, mesh, loss
-        x = plan.layout
-        self.is_first = mesh["pp"].get_local_rank() == 0
-        self.is_last = mesh["pp"].get_local_rank() == x.pp - 1
-        self.schedule: Schedule1F1B | ScheduleGPipe | None = None
-        self._tied = split_ties(plan) if x.pp > 1 else []
-        self._pair = first_last_pair(mesh) if self._tied else None
-        if x.pp > 1:
+    def __init__(self, plan: Plan, parts: Sequence[nn.Module], mesh: Mesh, loss: LossFn) -> None:
+        self.plan, self.parts, self.mesh, self.loss = plan, tuple(parts), mesh, loss
+        self.stage: nn.Module = parts[0] if len(parts) == 1 else Chunks(parts)
+        self.is_first, self.is_last = any(p.is_first for p in parts), any(p.is_last for p in parts)
+        self.last_rank = last_rank(plan.layout)
+        self.schedule: PipelineSchedule | None = None
+        self.tied = split_ties(plan) if plan.layout.pp > 1 else []
+        self._pair = first_last_pair(mesh, self.last_rank) if self.tied else None
+        if plan.layout.pp > 1:
             self.schedule = self.make_schedule()
 
-    def make_schedule(
-        self, inputs: tuple[Tensor, ...] | None = None, outputs: tuple[Tensor, ...] | None = None
-    ) -> Schedule1F1B | ScheduleGPipe:  # fmt: skip
-        """The stage's schedule; with examples of what it takes and returns, ranks need not tell each other."""
-        x, at = self.plan.layout, self.mesh["pp"]
-        module = PerMicrobatch(self.stage) if isinstance(self.stage, FSDPModule) and x.zero >= 2 else self.stage
-        held = PipelineStage(module, at.get_local_rank(), x.pp, _device(self.mesh), inputs, outputs, group=at.get_group())
-        return SCHEDULES[x.schedule](held, self.plan.microbatches, loss_fn=self._scaled_loss, scale_grads=False)
+    def make_schedule(self, examples: Sequence[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = ()) -> PipelineSchedule:
+        """The schedule of the rank's chunks; with examples of what each takes and returns, ranks need not tell each other."""
+        x, rank = self.plan.layout, self.mesh["pp"].get_local_rank()
+        places = [virtual_stage(x, rank, chunk) for chunk in range(len(self.parts))]
+        return pipeline(SCHEDULES[x.schedule], self.parts, places, self.mesh, self.plan.microbatches, self._scaled_loss, x.zero, examples)  # type: ignore[no-any-return]
 
     @property
     def data_parallel_rank(self) -> int:
@@ -178,9 +116,10 @@ class Parallel:
         return int(self.mesh["replicate"].get_local_rank() * self.plan.layout.shard + self.mesh["shard"].get_local_rank())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters under the model's own names."""
-        for name, p in self.stage.named_parameters():
-            yield name.removeprefix("model."), p
+        """This rank's parameters under the model's own names; a tied one that two chunks hold comes twice."""
+        for part in self.parts:
+            for name, p in part.named_parameters():
+                yield name.removeprefix("model."), p
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self.named_parameters()]
@@ -188,45 +127,35 @@ class Parallel:
     def train_step(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """Forward and backward of one step over all microbatches; gradients are left in the parameters.
 
-        `inputs` by name and `labels` are this data-parallel rank's samples. Returns the mean loss of the global batch.
+        `inputs` by name and `labels` are this data-parallel rank's whole samples. Returns the mean loss of the global batch.
         """
-        batch = [inputs[i.name] for i in self.plan.model.inputs]
-        labels = labels if labels is not None else torch.zeros(len(batch[0]), device=batch[0].device)
-        total = self._pipeline(batch, labels) if self.schedule else self._accumulate(batch, labels)
-        if self._tied:
-            add_tied_gradients(self.stage.get_submodule("model"), self._tied, self._pair)
-        return mean_over_ranks(total, self.mesh)
+        m = self.plan.model
+        batch = [self._own_tokens(inputs[i.name], i) for i in m.inputs]
+        own = self._own_tokens(labels, m.labels) if labels is not None else torch.zeros(len(batch[0]), device=batch[0].device)
+        if self.schedule is not None:
+            total = run_schedule(self.schedule, self.parts, batch, own, self.plan.layout.zero)
+        else:
+            total = accumulate(self.stage, batch, own, self._scaled_loss, self.plan.microbatches, self.plan.layout.zero)
+        if self.tied:
+            add_tied_gradients(self.parts, self.tied, self._pair)
+        return mean_over_ranks(total, self.mesh, self.last_rank)
+
+    def clip_gradients(self, most: float) -> Tensor:
+        """Scales the gradients to a norm of at most `most` over the whole model; returns the norm that they had."""
+        x = self.plan.layout
+        return clip_gradients(self.parameters(), most, x.devices // x.pp, shared=held_twice(self.parts, self.tied))
+
+    def _own_tokens(self, x: Tensor, what: ModelInput | None) -> Tensor:
+        """Of whole samples, the tokens that a context-parallel rank holds."""
+        dim = token_dim(what, self.plan.workload.seq) if what is not None and self.plan.layout.cp > 1 else None
+        if dim is None:
+            return x
+        return slice_tokens(x, dim, self.mesh["cp"], self.plan.layout.cp_kind)
 
     def _scaled_loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        if self.plan.layout.loss == "chunked":
+            return losses.chunked_cross_entropy(output, self.parts[-1].project, labels, LOSS_CHUNKS) / self.plan.microbatches  # type: ignore[arg-type]
         return self.loss(output, labels) / self.plan.microbatches
-
-    def _accumulate(self, batch: list[Tensor], labels: Tensor) -> Tensor:
-        n, zero, total = self.plan.microbatches, self.plan.layout.zero, torch.zeros((), device=labels.device)
-        parts = zip(*(x.chunk(n) for x in batch), labels.chunk(n), strict=True)
-        for i, (*inputs, wanted) in enumerate(parts):
-            if isinstance(self.stage, FSDPModule):
-                last = i == n - 1
-                self.stage.set_requires_gradient_sync(last or zero >= 2)
-                self.stage.set_reshard_after_backward(last or zero == 3)
-                self.stage.set_is_last_backward(last)
-            loss = self._scaled_loss(self.stage(*inputs), wanted)
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def _pipeline(self, batch: list[Tensor], labels: Tensor) -> Tensor:
-        assert self.schedule is not None
-        zero = self.plan.layout.zero
-        found: list[Tensor] = []
-        managed = isinstance(self.stage, FSDPModule) and zero >= 2
-        if managed:
-            self.stage.set_reshard_after_backward(zero == 3)  # type: ignore[operator]
-        inputs = tuple(batch) if self.is_first else ()
-        keywords: dict[str, Any] = {"target": labels, "losses": found} if self.is_last else {}
-        self.schedule.step(*inputs, return_outputs=False, **keywords)  # or it keeps every microbatch's logits
-        if managed:
-            reshard(self.stage)
-        return torch.stack(found).sum().detach() if found else torch.zeros((), device=labels.device)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """This stage's gradients, gathered whole and in the model's own order. Collective over the stage's ranks."""
@@ -240,12 +169,11 @@ class Parallel:
 
 
 def apply(plan: Plan, model: nn.Module, *, loss: LossFn | None = None, device: torch.device | str | None = None) -> Parallel:
-    """Shards `model`, which every rank holds with equal weights, as `plan` says; the model itself is consumed.
+    """Shards `model`, which every rank holds with equal weights or on meta, as `plan` says; the model itself is consumed.
 
-    Needs an initialised process group of the plan's size. `loss(output, labels)` is the model file's own where it has one.
-    Raises PlanMismatch where ranks or model differ from the plan's.
+    Needs an initialised process group of the plan's size. `loss(output, labels)` is the model file's own where it has one. What is on
+    meta stays there, sharded, for the caller to fill. Raises PlanMismatch where ranks or model differ from the plan's.
     """
-    plan.check_runs()
     x = plan.layout
     if not dist.is_initialized():
         raise PlanMismatch(f"apply needs a process group of {x.devices} ranks: call torch.distributed.init_process_group first")
@@ -253,30 +181,93 @@ def apply(plan: Plan, model: nn.Module, *, loss: LossFn | None = None, device: t
         raise PlanMismatch(f"the plan needs {x.devices} ranks, found {dist.get_world_size()}: plan again with --cluster of that size")
     _check_model(plan, model)
     kind = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(kind, (x.pp, x.replicate, x.shard, x.tp), mesh_dim_names=MESH)
+    mesh = make_mesh(x, kind)
     own = plan.solution.stages[mesh["pp"].get_local_rank()]
-    first, last = own.layers
-    program = plan.solution.program
+    spans = own.chunks or (own.layers,)
+    parts, before = [], 0
+    for part, span in zip(split(plan, model, spans), spans, strict=True):
+        parts.append(_part(plan, part, span, [own.recompute_of(before + i) for i in range(span[1] - span[0])], mesh))
+        before += span[1] - span[0]
+    return Parallel(plan, parts, mesh, _loss(plan, loss, mesh))
+
+
+def make_mesh(x: Layout, device_type: str) -> Mesh:
+    """The device mesh of a layout."""
+    return Mesh(device_type, pp=x.pp, replicate=x.replicate, shard=x.shard, cp=x.cp, tp=x.tp, ep=x.ep, etp=x.etp, zero=x.zero)
+
+
+def uses_fsdp(plan: Plan) -> bool:
+    """Whether parameters are shared, averaged over or cast by FSDP."""
+    x = plan.layout
+    copies = x.devices // (x.pp * x.ep * x.etp) if plan.solution.experts else 1
+    return x.dp * x.cp > 1 or copies > 1 or plan.workload.precision == "bf16"
+
+
+def virtual_stage(x: Layout, rank: int, chunk: int) -> int:
+    """Place in the model's order of a pipeline rank's chunk."""
+    return schedules.find(x.schedule).virtual_stage(x.pp, rank, chunk)
+
+
+def last_rank(x: Layout) -> int:
+    """The pipeline rank that holds the end of the model."""
+    return 0 if x.vpp > 1 and schedules.find(x.schedule).shape == "V" else x.pp - 1
+
+
+def token_dim(what: ModelInput, seq: int) -> int | None:
+    """The dimension of an input or of labels that holds the tokens of a sample."""
+    return next((i for i, n in enumerate(what.spec.shape) if i != what.spec.batch_dim and n == seq), None)
+
+
+def _part(plan: Plan, model: nn.Module, span: tuple[int, int], recomputes: Sequence[str], mesh: Mesh) -> nn.Module:
+    """The layers of a span with the code around them, sharded: tensor parallelism, experts, attention, recompute, FSDP."""
+    x, program = plan.layout, plan.solution.program
     keys = [i.name for i in plan.model.inputs]
-    stage: nn.Module = ProgramStage(model, program, first, last, mesh) if program else WholeModel(model, keys)
-    paths = plan.model.layer_paths[first:last]
+    stage: nn.Module = WholeModel(model, keys)
+    if program is not None:
+        stage = ProgramStage(model, program, *span, mesh, cp_kind=x.cp_kind, chunked=x.loss == "chunked")
+    paths = plan.model.layer_paths[slice(*span)]
+    if plan.solution.kernels:
+        left = install(model, kernels_of(plan)).left
+        for path, why in left.items():
+            LOG.info("%s stays eager: %s", path, why)
     if x.tp > 1:
-        shard_modules(plan, model, first, last, mesh)
+        shard_modules(plan, model, *span, mesh)
     _tie(plan, model)
-    for i, path in enumerate(paths):
-        recompute(model.get_submodule(path), own.recompute_of(i))
-    if any(t.device.type != mesh.device_type for t in (*stage.parameters(), *stage.buffers())):
+    experts = _place_experts(plan, model, span, mesh)
+    for path, mode in zip(paths, recomputes, strict=True):
+        layer = model.get_submodule(path)
+        if x.cp > 1 or plan.solution.kv_replicated:
+            attend(layer, cp=mesh["cp"] if x.cp > 1 else None, kind=x.cp_kind, tp=mesh["tp"] if plan.solution.kv_replicated else None)
+        recompute(layer, mode)
+    held = [*stage.parameters(), *stage.buffers()]
+    if any(t.device.type != mesh.device_type for t in held) and not any(t.is_meta for t in held):
         stage.to(_device(mesh))
-    if x.dp > 1 or plan.workload.precision == "bf16":
-        _data_parallel(plan, stage, [model.get_submodule(p) for p in paths], mesh)
-    return Parallel(plan, stage, mesh, _loss(plan, loss, mesh))
+    if uses_fsdp(plan):
+        _data_parallel(plan, stage, [(model.get_submodule(p), e) for p, e in zip(paths, experts, strict=True)], mesh)
+    return stage
 
 
-def make_optimizer(plan: Plan, stage: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+def _place_experts(plan: Plan, model: nn.Module, span: tuple[int, int], mesh: Mesh) -> list[list[nn.Module]]:
+    """Spreads the experts of the layers of a span; the modules that hold them, of each layer."""
+    found: list[list[nn.Module]] = []
+    for i in range(*span):
+        tables = [e for e in plan.solution.experts if i in e.layers]
+        found.append([model.get_submodule(f"{plan.model.layer_paths[i]}.{e.module}") for e in tables])
+        for e, module in zip(tables, found[-1], strict=True):
+            place_experts(module, mesh, experts=e.experts, params=e.params, sizes=e.sizes, listed=e.listed)
+    return found
+
+
+def make_optimizer(plan: Plan, stage: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer | Streamed:
     """The plan's optimizer over a stage's parameters, as an emitted script makes it for a GPU."""
     name, options = OPTIMIZERS[plan.workload.optimizer]
-    made: torch.optim.Optimizer = getattr(torch.optim, name)(stage.parameters(), lr=lr, **options)
-    return made
+    x = plan.layout
+    if x.offload == "none" and x.state_dtype == "fp32":
+        made: torch.optim.Optimizer = getattr(torch.optim, name)(by_mesh(stage.parameters()), lr=lr, **options)
+        return made
+    make = functools.partial(getattr(torch.optim, name), lr=lr, **options)
+    dtype, device = torch.bfloat16 if x.state_dtype == "bf16" else None, "cpu" if x.offload == "optimizer" else None
+    return Streamed(make, stage.parameters(), dtype=dtype, device=device)
 
 
 def _check_model(plan: Plan, model: nn.Module) -> None:
@@ -285,11 +276,11 @@ def _check_model(plan: Plan, model: nn.Module) -> None:
         raise PlanMismatch(f"the plan is for {plan.model.name} with {plan.model.numel:,} parameters; this model has {numel:,}")
 
 
-def _device(mesh: DeviceMesh) -> torch.device:
+def _device(mesh: Mesh) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device(mesh.device_type)
 
 
-def shard_modules(plan: Plan, model: nn.Module, first: int, last: int, mesh: DeviceMesh) -> None:
+def shard_modules(plan: Plan, model: nn.Module, first: int, last: int, mesh: Mesh) -> None:
     """Tensor parallelism of the layers [first, last) and of the modules around them, as far as this stage holds them."""
     owned = set(plan.model.layer_paths[first:last])
     held = dict(model.named_modules())
@@ -313,31 +304,20 @@ def _tie(plan: Plan, model: nn.Module) -> None:
             owner._parameters[leaf] = kept if kept is not None else held[0][0]._parameters[held[0][1]]
 
 
-def split_ties(plan: Plan) -> list[tuple[str, ...]]:
-    """Tied parameters of which the first stage and the last stage each hold one."""
-    program = plan.solution.program
-    if program is None:
-        return []
-
-    def held(group: tuple[str, ...], part: Sequence[Statement]) -> bool:
-        return any(name.startswith(m + ".") for name in group for m in modules_of(part))
-
-    return [g for g in plan.model.tied if held(g, program.stem) and held(g, program.head)]
-
-
-def _data_parallel(plan: Plan, stage: nn.Module, layers: list[nn.Module], mesh: DeviceMesh) -> None:
+def _data_parallel(plan: Plan, stage: nn.Module, layers: Sequence[tuple[nn.Module, Sequence[nn.Module]]], mesh: Mesh) -> None:
     x = plan.layout
-    options: dict[str, Any] = {"mesh": mesh["replicate", "shard"] if x.zero == 0 else mesh["shard"]}
+    options: dict[str, Any] = {}
     if plan.workload.precision == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=x.zero == 3, **options)
-    fully_shard(stage, reshard_after_forward=False, **options)
+    for layer, experts in layers:
+        fully_shard_layer(layer, experts, mesh, reshard_after_forward=x.zero == 3, **options)
+    fully_shard(stage, mesh=mesh.state(), reshard_after_forward=False, **options)
 
 
-def _loss(plan: Plan, own: LossFn | None, mesh: DeviceMesh) -> LossFn:
+def _loss(plan: Plan, own: LossFn | None, mesh: Mesh) -> LossFn:
     if plan.solution.loss == "vocab_parallel":
-        return functools.partial(losses.vocab_parallel_cross_entropy, mesh=mesh["tp"])
+        fused = any(k.kind == "vocab_parallel_cross_entropy" for k in plan.solution.kernels)
+        return functools.partial(fused_cross_entropy if fused else losses.vocab_parallel_cross_entropy, mesh=mesh["tp"])
     if own is not None:
         return own
     table: dict[str, Any] = {"cross_entropy": losses.cross_entropy, "mse": losses.mse, "square": losses.square}

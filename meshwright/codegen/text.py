@@ -14,6 +14,7 @@ from meshwright.planner.plan import ModuleSharding, StageProgram
 from meshwright.profiling.graph import Statement
 
 LINE = 118
+_PLACEMENT = {"convert": "convert", "context": "slice_tokens"}
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
@@ -99,8 +100,9 @@ def table(name: str, modules: Iterable[ModuleSharding], base: str = "") -> list[
 class ProgramText:
     """A stage's forward as lines of Python."""
 
-    def __init__(self, program: StageProgram, piped: bool) -> None:
-        self.program, self.piped = program, piped
+    def __init__(self, program: StageProgram, piped: bool, cp_kind: str = "ring", tail: Sequence[Statement] = ()) -> None:
+        self.program, self.piped, self.cp_kind, self.tail = program, piped, cp_kind, tail
+        self.hidden = identifier(tail[0].args[0]["ref"]) if tail else ""
         self.inlined: dict[str, str] = {}
         names = program.inputs
         self.first = "inputs[0]" if piped or len(names) != 1 else identifier(names[0])
@@ -121,12 +123,18 @@ class ProgramText:
         # what the layers and the side code read is kept under its name
         stem_lines = self._part(p.stem, {"h"} | (set() if self.piped else needed | references([(s.args, s.kwargs) for s in side])))
         loop = [f"for path in {'self.layers' if self.piped else 'LAYERS'}:", *(f"    {line}" for line in layer)]
-        head = _returned([*self._part(p.head, {p.output}), f"return {identifier(p.output)}"])
+        result = self.hidden or identifier(p.output)
+        head = _returned([*self._part(p.head[: len(p.head) - len(self.tail)], {result}), f"return {result}"])
         side_lines = self._part(side, needed)
         if not self.piped:
             return [*unpack, *stem_lines, *side_lines, *loop, *head]
         before = ["if self.is_first:", *(f"    {x}" for x in [*unpack, *stem_lines]), "else:", "    (h,) = inputs"]
         return [*before, *side_lines, *loop, "if not self.is_last:", "    return h", *head]
+
+    def project_lines(self) -> list[str]:
+        """The code behind what forward returns, where the loss calls it on some rows at a time."""
+        output = self.program.output
+        return _returned([*self._part(self.tail, {output}), f"return {identifier(output)}"])
 
     def _part(self, statements: Sequence[Statement], kept: set[str]) -> list[str]:
         """Statements as lines; the result of a function that is read once, and is not in `kept`, is written where it is read."""
@@ -149,6 +157,11 @@ class ProgramText:
 
     def _all_args(self, s: Statement) -> list[str]:
         args = self._arguments(s.args, s.kwargs)
+        kind, _, what = s.target.partition(":")
+        if kind == "convert":
+            return [args[0], literal(what), 'self.mesh["tp"]']
+        if kind == "context":
+            return [args[0], what, 'self.mesh["cp"]', literal(self.cp_kind)]
         return args[1:] if self._is_method(s) else args
 
     def _is_method(self, s: Statement) -> bool:
@@ -161,6 +174,8 @@ class ProgramText:
         kind, _, what = s.target.partition(":")
         if kind == "module":
             return f"self.model.{attribute(what)}"
+        if kind in _PLACEMENT:
+            return _PLACEMENT[kind]
         name = what.partition(".")[0]
         if self._is_method(s):
             x = self._value(s.args[0])
@@ -170,8 +185,6 @@ class ProgramText:
     def _expression(self, s: Statement) -> str:
         kind, _, what = s.target.partition(":")
         args = self._arguments(s.args, s.kwargs)
-        if kind == "convert":
-            return f"convert({args[0]}, {literal(what)}, self.tp)"
         if kind == "get":
             return f"{args[0]}[{what}]"
         operator = _OPERATORS.get(what.partition(".")[0]) if kind == "aten" else None

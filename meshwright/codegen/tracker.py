@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _ROOTS = tuple(p + os.sep for p in sorted({os.path.dirname(_TORCH.rstrip(os.sep)), *site.getsitepackages()}, key=len, reverse=True))
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_OWN = (__file__, os.path.join(os.path.dirname(__file__), "dryrun.py"))
+_OWN = tuple(os.path.join(os.path.dirname(__file__), f"{name}.py") for name in ("tracker", "measured", "fake", "dryrun", "dryrun_script"))
+HOST = "meta"  # the device that stands for the host's memory, where a run on a CPU offloads to it: what lies there is counted apart
 CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "activations", "communication", "inputs", "temporaries")
 _NAMED = "meshwright module"
 _GROUPED = torch.ops.aten._grouped_mm.default
@@ -91,15 +92,20 @@ class Collective:
 
 def storages_of(x: Any) -> Iterable[torch.UntypedStorage]:
     """The storages behind every tensor in a structure, a subclass's inner tensors included."""
+    return (storage for storage, _ in _placed(x))
+
+
+def _placed(x: Any) -> Iterable[tuple[torch.UntypedStorage, str]]:
+    """Storages with the device type that each is on."""
     for t in tree_leaves(x):
         if not isinstance(t, Tensor):
             continue
         if is_traceable_wrapper_subclass(t):
             names, _ = t.__tensor_flatten__()
             for n in names:
-                yield from storages_of(getattr(t, n))
+                yield from _placed(getattr(t, n))
         elif t.layout == torch.strided:
-            yield t.untyped_storage()
+            yield t.untyped_storage(), t.device.type
 
 
 class Tracker(TorchDispatchMode):
@@ -112,7 +118,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.lifetimes: list[Lifetime] = []
         self.collectives: dict[tuple[Any, ...], Collective] = {}
-        self.live_bytes = 0
+        self.live_bytes = self.host_bytes = 0
         self.peaks: dict[tuple[str, str], Moment] = {}  # the fullest moment by phase and module
         self.backwards: list[int] = []  # times at which a backward began
         self.optimizing = False
@@ -173,8 +179,9 @@ class Tracker(TorchDispatchMode):
 
     def tell(self, kind: str, tensors: Any) -> None:
         """Says what the storages of some tensors are for; unknown ones are taken up, alive from now on."""
-        for storage in storages_of(tensors):
-            self._take(storage, "", "setup").kind = kind
+        for storage, device in _placed(tensors):
+            if device != HOST:
+                self._take(storage, "", "setup").kind = kind
 
     # -- events
 
@@ -196,19 +203,19 @@ class Tracker(TorchDispatchMode):
             self._task = task
             if task != -1:
                 self.backwards.append(self._time)
-        for storage in storages_of(out):
+        for storage, device in _placed(out):
             # what the operator only passes on, and nobody told of, was there before: a device mesh's ranks, a backend's own buffer
             if storage._cdata not in self._held and (func is _LIFT or not any(storage._cdata == s._cdata for s in storages_of((args, kwargs)))):
-                self._take(storage, str(func))
+                self._take(storage, str(func), device=device)
         return out
 
-    def _take(self, storage: torch.UntypedStorage, op: str, phase: str = "") -> Lifetime:
+    def _take(self, storage: torch.UntypedStorage, op: str, phase: str = "", device: str = "") -> Lifetime:
         """The Lifetime of a storage, begun now if it is new."""
         key = storage._cdata
         if key in self._held:
             return self.lifetimes[self._held[key][0]]
         number, nbytes = len(self.lifetimes), storage.nbytes()
-        found = Lifetime(op, phase or self.phase, self.module, [(self._time, 0)])
+        found = Lifetime(op, phase or self.phase, self.module, [(self._time, 0)], kind="host" if device == HOST else "")
         self.lifetimes.append(found)
         self._held[key] = (number, weakref.ref(storage, lambda _: self._die(key, number)))
         self._change(found, nbytes)
@@ -225,6 +232,9 @@ class Tracker(TorchDispatchMode):
         self._time += 1
         grown = nbytes - lifetime.changes[-1][1]
         lifetime.changes.append((self._time, nbytes))
+        if lifetime.kind == "host":
+            self.host_bytes += grown
+            return
         self.live_bytes += grown
         if grown > 0:
             where = (self.phase, self.module)
@@ -292,6 +302,8 @@ class Tracker(TorchDispatchMode):
         order = sorted(range(len(times)), key=lambda i: times[i])
         sorted_times = [times[i] for i in order]
         for x in self.lifetimes:
+            if x.kind == "host":
+                continue
             category = self.category(x)
             for (begin, nbytes), (end, _) in zip(x.changes, [*x.changes[1:], (self._time + 1, 0)], strict=True):
                 if nbytes:

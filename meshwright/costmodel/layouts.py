@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv", "dualpipev")
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv", "dualpipev", "looped-bfs")
+ASKED = ("gpipe", "looped-bfs")  # they take as long as others that hold less: only where asked for
 LOSSES = ("plain", "chunked", "vocab_parallel")
 STATE_DTYPES = ("fp32", "bf16")
 OFFLOADS = ("none", "optimizer")
 FREE = -1  # not chosen yet: the cost model then takes whatever is cheapest, so that its price is a lower bound
 LOSS_CHUNKS = 8  # of a chunked loss
 V_SHAPED = ("zbv", "dualpipev")
+SPLIT = ("zero-bubble", "zbv", "dualpipev")  # the gradient of the weights runs apart from that of the input
 
 Array = np.ndarray
 

@@ -189,6 +189,13 @@ def _ramp_interleaved(x: Ramp) -> Forms:
     return (fill + np.maximum(0, x.m * x.v - x.p) * np.maximum(0, n * (2 * x.d - whole) / (2 * x.p - 1)),)
 
 
+def _ramp_looped_bfs(x: Ramp) -> Forms:
+    """Lamy-Poirier 2022, section 4: (p - 1)(F + B) / v, where a rank has enough microbatches to be busy until the first is back."""
+    there, back = x.f + x.d, x.b + x.w + x.d
+    late = sum(np.maximum(0, x.p * (t + x.d) - x.m * t) for t in (x.f, x.b + x.w))
+    return ((x.p - 1) * (there + back + 2 * x.d) + (x.v - 1) * late,)
+
+
 def _ramp_zb1(x: Ramp) -> Forms:
     """Qi et al. 2023, table 1: (p - 1)(F + B - W), where that is more than F and than B alone. Transfers hide behind W."""
     n, late = x.p - 1, 2 * x.p * (x.v - 1) * x.d
@@ -271,7 +278,7 @@ def _ramp_vmin(x: Ramp) -> Forms:
 
 
 RAMPS: dict[str, Callable[[Ramp], Forms]] = {
-    "interleaved": _ramp_interleaved, "ZB-1p": _ramp_zb1, "ZB-2p": _ramp_zb2, "ZB-V": _ramp_zbv,
+    "interleaved": _ramp_interleaved, "LoopedBFS": _ramp_looped_bfs, "ZB-1p": _ramp_zb1, "ZB-2p": _ramp_zb2, "ZB-V": _ramp_zbv,
     "V-Half": _ramp_vhalf, "V-Min": _ramp_vmin, "DualPipe-V": _ramp_dual, "DualPipe": _ramp_dual,
 }  # fmt: skip
 LONGEST: dict[str, Callable[[Ramp], Forms]] = {"ZB-1p": _longest_zb1, "ZB-2p": _longest_zb2, "ZB-V": _longest_zbv}

@@ -2,7 +2,7 @@
 
 A schedule cuts the model into `stages * vpp` virtual stages in the model's order and gives each rank `vpp` of them, its chunks:
 
-    loop   chunk c of rank r is virtual stage c * stages + r         (1F1B, interleaved 1F1B, ZB-H1, ZB-H2)
+    loop   chunk c of rank r is virtual stage c * stages + r         (1F1B, interleaved 1F1B, looped BFS, ZB-H1, ZB-H2)
     V      chunk 0 of rank r is virtual stage r, chunk 1 is 2 * stages - 1 - r: the last rank turns around, and the
            first rank holds both ends of the model                    (ZB-V, V-Half, V-Min, DualPipe-V)
 
@@ -45,6 +45,7 @@ class Schedule:
     vpp: tuple[int, int | None] = (1, 1)  # the fewest and the most chunks of a rank
     shape: Literal["loop", "V"] = "loop"
     least: Callable[[int], int] = lambda stages: stages  # microbatches that it needs
+    rounds: bool = True  # with several chunks, microbatches go in rounds of as many as there are ranks
     mirrored: bool = False  # ranks r and stages - 1 - r hold the same two stages and run half of the microbatches each
 
     def virtual_stage(self, stages: int, rank: int, chunk: int) -> int:
@@ -85,6 +86,13 @@ def gpipe(p: int, m: int, v: int) -> list[list[Action]]:
     """All forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965, section 2.3)."""
     one = [Action(kind, i) for kind in ("F", "BW") for i in range(m)]  # type: ignore[arg-type]
     return [list(one) for _ in range(p)]
+
+
+def looped_bfs(p: int, m: int, v: int) -> list[list[Action]]:
+    """Breadth-first loops: all microbatches through each chunk in turn, and back (Lamy-Poirier 2022, arXiv 2211.05953, section 4)."""
+    there = [Action("F", i, c) for c in range(v) for i in range(m)]
+    back = [Action("BW", i, c) for c in reversed(range(v)) for i in reversed(range(m))]
+    return [[*there, *back] for _ in range(p)]
 
 
 class _Rank:
@@ -260,6 +268,7 @@ SCHEDULES: dict[str, Schedule] = {
             "ZB-1p", ("ZB-H1", "ZB1", "InterleavedZeroBubble", "zero-bubble"), partial(looped, slope=1, delay=1),
             lambda p, r, m, v: min(m, p), vpp=(1, None),
         ),
+        Schedule("LoopedBFS", ("breadth-first",), looped_bfs, lambda p, r, m, v: m, vpp=(2, None), rounds=False),
         Schedule("ZB-2p", ("ZB-H2", "ZB2"), partial(looped, slope=2, delay=2), lambda p, r, m, v: min(m, 2 * p - 1)),
         Schedule("ZB-V", ("ZBV", "V-ZB", "ZBVZeroBubble"), zbv, lambda p, r, m, v: min(m, p), vpp=(2, 2), shape="V"),
         Schedule("V-Half", (), partial(v_block, half=True), lambda p, r, m, v: min(m, (p + 2) // 2), vpp=(2, 2), shape="V"),
@@ -311,7 +320,7 @@ def shape_of(schedule: str, virtual: int, microbatches: int, vpp: int | None = N
         p, m = virtual // v, microbatches
     if m < max(1, s.least(p)):
         raise ValueError(f"{s.name} of {virtual} stages needs {max(1, s.least(p)) * (2 if s.mirrored else 1)} microbatches, not {microbatches}")
-    if s.shape == "loop" and v > 1 and m % p:
+    if s.shape == "loop" and s.rounds and v > 1 and m % p:
         raise ValueError(f"{s.name} with vpp {v} needs microbatches in multiples of its {p} ranks, as Megatron-LM: not {m}")
     return p, m, v
 

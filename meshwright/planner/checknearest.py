@@ -24,8 +24,8 @@ MOST, FACTOR = 4096, 64  # devices that are tried, and how many times those of t
 
 
 def search_of(asked: Any, cluster: Cluster, workload: Workload, fixed: dict[str, Any]) -> Search:
-    """The layouts of a check's model on a cluster, priced: of what apply runs, and what is held. Raises InputError where there are none."""
-    return Search(Space(asked.graph, cluster, workload, fixed, asked.costs, True, known=asked.shardings), asked.limit_bytes)
+    """The layouts of a check's model on a cluster, priced, with what is held. Raises InputError where there are none."""
+    return Search(Space(asked.graph, cluster, workload, fixed, asked.costs, known=asked.shardings), asked.limit_bytes)
 
 
 def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> tuple[Setting, ...]:

@@ -100,7 +100,7 @@ def load_document(path: str | Path) -> Plan | Infeasible:
     return Plan.load(path)
 
 
-def reopen(plan: Plan, *, costs: str | CostModel | None = "auto", runnable: bool = False, progress: Progress | None = None) -> Search:
+def reopen(plan: Plan, *, costs: str | CostModel | None = "auto", progress: Progress | None = None) -> Search:
     """The search that a plan came from: its model traced again, its cluster, workload and memory limit. InputError where the model is
     gone or is another now."""
     say, m = progress or (lambda _: None), plan.model
@@ -114,7 +114,7 @@ def reopen(plan: Plan, *, costs: str | CostModel | None = "auto", runnable: bool
         what = f"{m.numel:,} parameters then, {graph.numel:,} now" if graph.numel != m.numel else "the same number of parameters, another graph"
         raise InputError(f"{m.source} is not the model that was planned ({what}): plan it again")
     say(f"sharding {len(graph.blocks)} unique blocks")
-    space = Space(graph, plan.cluster, plan.workload, {}, cost_model(costs, plan.cluster), runnable)
+    space = Space(graph, plan.cluster, plan.workload, {}, cost_model(costs, plan.cluster))
     return Search(space, plan.prediction.memory_bytes.limit)
 
 
@@ -129,13 +129,13 @@ def found_in(search: Search, plan: Plan) -> Candidate:
 
 
 def explain(
-    plan: Plan, questions: list[dict[str, Any]], *, costs: str | CostModel | None = "auto", runnable: bool = False, blocks: bool = False,
+    plan: Plan, questions: list[dict[str, Any]], *, costs: str | CostModel | None = "auto", blocks: bool = False,
     progress: Progress | None = None,
 ) -> Explanation:  # fmt: skip
     """Answers `questions` (what parse_fix gives) about a plan; without any, says what the plan rests on. `blocks`: with the integer
     programmes of op sharding in words."""
     say = progress or (lambda _: None)
-    search = reopen(plan, costs=costs, runnable=runnable, progress=say)
+    search = reopen(plan, costs=costs, progress=say)
     best = found_in(search, plan)
     answers = []
     for fix in questions:

@@ -238,12 +238,12 @@ class LeastMemorySearch:
 
         limit = s.limit_bytes
         while True:  # once for equal devices; for unlike ones the limit falls or rises to where the cut that is least over it is not over it
-            _, cut = s._stages(row, p, (limit - float(fixed[0])) / slope, s.modes).least_memory()
+            _, cut = s._stages(row, p, (limit - float(fixed[0])) / slope).least_memory()
             found = bytes_of(cut)
             if len(s.bound.devices) == 1 or abs(found - limit) <= TIE * found:
                 break
             limit = found
-        quick = s._stages(row, p, (found * (1 + TIE) - float(fixed[0])) / slope, s.modes).best() if found <= most else None
+        quick = s._stages(row, p, (found * (1 + TIE) - float(fixed[0])) / slope).best() if found <= most else None
         return Need(found, s.candidate(row, quick if quick is not None else cut))
 
     # -- search

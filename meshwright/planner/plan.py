@@ -35,15 +35,8 @@ class Workload(_Model):
     optimizer: Literal["adamw", "sgd-momentum", "sgd"] = "adamw"
 
 
-Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv", "dualpipev"]
+Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "zbv", "dualpipev", "looped-bfs"]
 Recompute = Literal["none", "selective", "full"]
-
-
-# What apply and emit run, of each part of a layout; of the others, everything.
-RUNS: dict[str, tuple[Any, ...]] = {
-    "cp": (1,), "vpp": (1,), "replicas": (1,), "ep": (1,), "etp": (1,), "schedule": ("1f1b", "gpipe"), "loss": ("plain", "vocab_parallel"),
-    "state_dtype": ("fp32",), "offload": ("none",),
-}  # fmt: skip
 
 
 class Layout(_Model):
@@ -143,6 +136,41 @@ class LayerSharding(_Model):
     modules: tuple[ModuleSharding, ...]
 
 
+class ExpertSharding(_Model):
+    """How a module of experts runs in equal layers: its path relative to each layer, or in the model where `layers` is empty.
+
+    Over ep a rank keeps experts / ep of them. `params`: state of each parameter over etp. `sizes`: attributes to set to their local
+    value. `listed`: the path in the module of a list of experts; `params` are then names in one of them.
+    """
+
+    layers: tuple[int, ...]
+    module: str
+    experts: Count
+    params: dict[str, str]
+    sizes: dict[str, int] = {}
+    listed: str | None = None
+
+
+class PlannedKernel(_Model):
+    """A kernel that takes the place of eager code (codegen/kernels/choose.py): `modules` are full paths, "" the loss; seconds and bytes are
+    of one microbatch in one of them, forward and backward, on one rank. `region` says what is computed and where it goes in."""
+
+    name: str
+    kind: Literal["generated", "vocab_parallel_cross_entropy"] = "generated"
+    modules: tuple[str, ...]
+    formula: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: str
+    save: Literal["inputs", "statistics", "all"] = "inputs"
+    saved_bytes: dict[str, int] = {}
+    saved_change_bytes: int = 0
+    eager_s: Seconds
+    fused_s: Seconds
+    eager_bytes: int
+    fused_bytes: int
+    region: dict[str, Any] | None = None
+
+
 class StageProgram(_Model):
     """The model's code around its layers, for this layout: sizes are local, conversions are statements ("convert:P>S1")."""
 
@@ -165,8 +193,9 @@ class Solution(_Model):
     layer_shardings: tuple[LayerSharding, ...] = ()
     module_shardings: tuple[ModuleSharding, ...] = ()
     loss: Literal["plain", "chunked", "vocab_parallel"] = "plain"
+    experts: tuple[ExpertSharding, ...] = ()
     program: StageProgram | None = None
-    kernels: tuple[str, ...] = ()
+    kernels: tuple[PlannedKernel, ...] = ()
     kv_replicated: bool = False
     rank_map: tuple[int, ...] = ()
 
@@ -314,19 +343,6 @@ class Plan(_Model):
         return self.solution.layout
 
     @property
-    def not_run(self) -> tuple[str, ...]:
-        """Parts of the plan that apply and emit do not run yet, as "cp=2"."""
-        found = [f"{k}={getattr(self.layout, k)}" for k, values in RUNS.items() if getattr(self.layout, k) not in values]
-        found += ["replicated key-value heads"] if self.solution.kv_replicated else []
-        found += ["a rank map"] if self.solution.rank_map else []
-        return tuple(found)
-
-    def check_runs(self) -> None:
-        """Raises InputError where apply and emit do not run the plan yet."""
-        if self.not_run:
-            raise InputError(f"the plan has {', '.join(self.not_run)}, which apply and emit do not run yet: plan with --runnable")
-
-    @property
     def microbatches(self) -> int:
         """Microbatches of one step on one data-parallel rank."""
         return self.workload.global_batch // (self.layout.dp * self.layout.micro_batch)
@@ -456,8 +472,8 @@ def _verify_program(program: StageProgram) -> list[str]:
             missing = sorted(_refs((s.args, s.kwargs)) - known - {"h"})
             if missing:
                 out.append(f"solution.program.{part}[{i}]: {missing[0]!r} is read before it is made")
-            if s.target.partition(":")[0] not in ("module", "aten", "get", "convert"):
-                out.append(f"solution.program.{part}[{i}].target: {s.target!r} is neither a module, a torch function nor a conversion")
+            if s.target.partition(":")[0] not in ("module", "aten", "get", "convert", "context"):
+                out.append(f"solution.program.{part}[{i}].target: {s.target!r} is no module, torch function, conversion or part of the context")
             known |= set(s.outputs)
     missing = sorted(_refs((program.layer_args, program.layer_kwargs)) - known - {"h"})
     if missing:

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel.allocator import DeviceBytes
-from meshwright.costmodel.layouts import RECOMPUTE, SCHEDULES, V_SHAPED, Layouts
+from meshwright.costmodel.layouts import RECOMPUTE, SCHEDULES, SPLIT, V_SHAPED, Layouts
 from meshwright.costmodel.step import Bound, Priced
 from meshwright.planner.bounds import Bounds, Ends
 from meshwright.planner.leastmemory import least_memory
 from meshwright.planner.plan import Certificate, Layout
-from meshwright.planner.space import Space, layout_of, to_arrays
+from meshwright.planner.space import Space, layout_of, runs_together, to_arrays
 from meshwright.planner.stages import Choice, Cut, StageProblem, Stages
 from meshwright.profiling.errors import InputError
 
@@ -130,10 +130,11 @@ class Search:
     def stages(self, x: Layouts, modes: tuple[int, ...] | None = None, unlimited: bool = False) -> Stages:
         """The stage problem of a layout (one row)."""
         p = self.bound.price(x)
-        return self._stages(x, p, float(self.capacity(x)[0]) if not unlimited else np.inf, modes or self.modes)
+        return self._stages(x, p, float(self.capacity(x)[0]) if not unlimited else np.inf, modes)
 
-    def _stages(self, x: Layouts, p: Priced, capacity: float, modes: tuple[int, ...]) -> Stages:
+    def _stages(self, x: Layouts, p: Priced, capacity: float, modes: tuple[int, ...] | None = None) -> Stages:
         ends, pp = self.ends, int(x.pp[0])
+        modes = modes or ((0,) if SCHEDULES[int(x.schedule[0])] in SPLIT else self.modes)  # split, torch would run recomputation twice
         c = p.c[:, 0][:, None] + p.again[:, 0]  # [types, 3, blocks]
         e = p.once[:, 0]
         first = np.concatenate([ends.before, ends.between]).astype(int)
@@ -174,7 +175,7 @@ class Search:
     def evaluate(self, x: Layouts, cutoff: float = np.inf, p: Priced | None = None) -> Candidate | None:
         """A layout (one row) with its cheapest cut that fits and takes less than `cutoff`, or None; `p` if it is priced already."""
         p = p or self.bound.price(x)
-        cut = self._stages(x, p, float(self.capacity(x)[0]), self.modes).best(cutoff)
+        cut = self._stages(x, p, float(self.capacity(x)[0])).best(cutoff)
         return None if cut is None else self.candidate(x, cut)
 
     def candidate(self, x: Layouts, cut: Cut) -> Candidate:
@@ -250,7 +251,7 @@ class Search:
             zero, replicas = np.tile(d.sharding, (len(mine), 1)).T
             parts.append(x.with_columns(zero=zero, replicas=replicas))
             origin.append(np.repeat(mine, n))
-            below.append(np.full(n * len(mine), d.count // n if n else 0))
+            below.append(np.tile(d.below, len(mine)))
         return Layouts.join(parts), np.concatenate(origin), np.concatenate(below)
 
     def finish(self, x: Layouts, origin: np.ndarray) -> Layouts:
@@ -262,7 +263,8 @@ class Search:
             both = [np.concatenate([a, b]) for a in d.schedule for b in d.rest]
             columns = np.tile(np.array(both, np.int64).reshape(-1, 5), (len(mine), 1)).T
             names = ("schedule", "vpp", "loss", "state", "offload")
-            parts.append(x.take(np.repeat(mine, len(both))).with_columns(**dict(zip(names, columns))))
+            every = x.take(np.repeat(mine, len(both))).with_columns(**dict(zip(names, columns)))
+            parts.append(every.take(np.flatnonzero(runs_together(every.zero, every.schedule))))
         return Layouts.join(parts)
 
     def least_memory(self) -> tuple[float, Candidate]:

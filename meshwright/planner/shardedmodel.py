@@ -30,8 +30,9 @@ def inlined_modules(graph: ModelGraph) -> frozenset[str]:
 def shard_model(graph: ModelGraph, tp: int, sp: bool, loss: Loss = "vocab_parallel") -> tuple[ShardedBlock, ...]:
     """Every block of the graph on `tp` ranks; with `sp` the values between blocks are sharded along the sequence.
 
-    `loss`: on shards of the logits where the model's own code allows it, or "plain", on gathered logits. Raises NotShardable where
-    an op has no sharding rule, heads or the sequence are not divisible, or a tied parameter would have two placements.
+    `loss`: on shards of the logits where the model's own code allows it, or "plain", on gathered logits. An op without a
+    sharding rule is computed whole. Raises NotShardable where heads or the sequence are not divisible, or a tied parameter would have two
+    placements.
     """
     if tp == 1:
         return tuple(ShardedBlock.whole(b) for b in graph.blocks)

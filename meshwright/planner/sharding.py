@@ -106,6 +106,7 @@ class _Problem:
 
         self.block, self.setting, self.ranks = block, setting, setting.ranks
         self.inlined = setting.inlined if not block.repeated else frozenset()
+        self.unknown: dict[str, None] = {}  # ops that are computed whole for want of a rule, in order
         self.ways = self._ways()
         self.consumers: dict[str, list[tuple[Op, int]]] = defaultdict(list)
         for op in block.ops:
@@ -139,7 +140,7 @@ class _Problem:
                 # sizes in the code around the layers are ours to print
                 ways, known = strategies(op.model_copy(update={"literals": {}}) if op.module in self.inlined else op, block, self.ranks, q)
                 if not known and op.module != LOSS and (op.requires_grad or any(v.startswith("param:") for v in op.inputs)):
-                    raise NotShardable(f"no sharding rule for {op.target.removesuffix('.default')} in {_place_of(block, op)}")
+                    self.unknown[f"{op.target.removesuffix('.default')} in {_place_of(block, op)}"] = None
                 if op.module == LOSS and not setting.sharded_loss:
                     ways = ways[:1]
                 ways = [*ways, routed] if routed else ways
@@ -203,7 +204,7 @@ class _Problem:
             parts[part] += price * (var.value() or 0.0)
         carries = (self.setting.carry, self.setting.carry_out)
         return Solution(
-            sharded_block(self.block, self.ranks, carries, self._entering(), choice, [x[:4] for x in placed]), choice, placed,
+            sharded_block(self.block, self.ranks, carries, self._entering(), choice, [x[:4] for x in placed], tuple(self.unknown)), choice, placed,
             best, parts, float(pulp.value(memory) or 0.0),
             Counter({"x": len(self.x), "u": len(self.leave), "w": len(self.enter)}), self.families,
             {source: state for (source, state), amount in self.freely.items() if (pulp.value(amount) or 0.0) > 0.5},

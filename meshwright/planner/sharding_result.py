@@ -30,9 +30,11 @@ def has_gradient(block: Block, v: str) -> bool:
 
 
 def sharded_block(
-    block: Block, ranks: int, carries: tuple[State, State], enters: Mapping[str, State], choice: Mapping[str, Strategy], placed: list[Placed]
-) -> ShardedBlock:
-    """The block as one rank runs it. `carries`: in which state the carry comes and leaves; `enters`: the state of every input."""
+    block: Block, ranks: int, carries: tuple[State, State], enters: Mapping[str, State], choice: Mapping[str, Strategy], placed: list[Placed],
+    unknown: tuple[str, ...] = (),
+) -> ShardedBlock:  # fmt: skip
+    """The block as one rank runs it. `carries`: in which state the carry comes and leaves; `enters`: the state of every input; `unknown`: ops
+    without a rule."""
     routed = routed_ops(block)
     params: dict[str, str] = {}
     states = dict(enters)
@@ -66,6 +68,7 @@ def sharded_block(
         operands={n: tuple(str(s) for s in way.ins) for n, way in choice.items()},
         conversions=tuple(conversions), collectives=tuple(collectives), gathered=frozenset(gathered),
         sizes=_local_sizes(block, choice, ranks), routed=routed, kv_replicated=_takes_all_keys(block, choice),
+        unknown=unknown,
     )  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from meshwright.costmodel.layouts import RECOMPUTE
 from meshwright.costmodel.memory import OPTIMIZERS
 from meshwright.costmodel.model import CostModel, for_device
 from meshwright.costmodel.pipeline import Event, makespan, simulate_schedule
+from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.costmodel.step import SPREAD
+from meshwright.planner.expert_tables import expert_tables, without_experts
 from meshwright.planner.explain import GIB, bottleneck, does_not_fit, enough_memory, memory_parts, time_parts, why_not
 from meshwright.planner.mapping import map_ranks
 from meshwright.planner.plan import (
@@ -110,7 +112,6 @@ def plan(
     fix: dict[str, Any] | None = None,
     top: int = 5,
     costs: str | CostModel | None = "auto",
-    runnable: bool = False,
     max_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Plan | Infeasible:
@@ -119,8 +120,8 @@ def plan(
     `model` is what trace() takes (a config.json, its folder, file.py:factory) or its ModelGraph; `cluster` what parse_cluster
     takes or a Cluster. `precision` defaults to bf16 on GPUs and fp32 on CPUs; `optimizer` is adamw, sgd-momentum or sgd. `limit`
     bounds what a rank takes of its device, with p95 of the prediction. `costs` is a compiled cost model or its file; "auto" takes the
-    one shipped for the device where there is one, None the datasheet. `fix` holds parts of the layout, like {"tp": 8}; `runnable` keeps
-    to what apply and emit run. After `max_seconds` the best so far is returned, with its gap. Raises InputError for bad input.
+    one shipped for the device where there is one, None the datasheet. `fix` holds parts of the layout, like {"tp": 8}. After
+    `max_seconds` the best so far is returned, with its gap. Raises InputError for bad input.
     """
     say = progress or (lambda _: None)
     if not 1 <= top <= MOST:
@@ -128,11 +129,11 @@ def plan(
         raise InputError(f"the number of layouts to show {words}")
     asked = prepare(
         model, cluster, global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer, sample=sample, limit=limit, fix=fix,
-        costs=costs, runnable=runnable, progress=progress,
+        costs=costs, progress=progress,
     )  # fmt: skip
     where, limit_bytes = asked.cluster, asked.limit_bytes()
     say(f"sharding {len(asked.graph.blocks)} unique blocks")
-    space = Space(asked.graph, where, asked.workload, asked.fixed, asked.costs, runnable)
+    space = Space(asked.graph, where, asked.workload, asked.fixed, asked.costs)
     say("searching")
     search = Search(space, limit_bytes)
     outcome = search.run(top, lambda n, left: say(f"searching: {n} layouts evaluated, {left} choices of degrees left"), max_seconds)
@@ -164,7 +165,6 @@ class Inputs:
     limit: str = "95%"
     fixed: dict[str, Any] = field(default_factory=dict)
     costs: CostModel | None = None
-    runnable: bool = False
     known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def limit_bytes(self, cluster: Cluster | None = None) -> float:
@@ -173,14 +173,14 @@ class Inputs:
 
     def search(self, cluster: Cluster | None = None) -> Search:
         """The search of this cluster or another for the same model. Raises InputError where there is no layout."""
-        space = Space(self.graph, cluster or self.cluster, self.workload, self.fixed, self.costs, self.runnable, known=self.known)
+        space = Space(self.graph, cluster or self.cluster, self.workload, self.fixed, self.costs, known=self.known)
         return Search(space, self.limit_bytes(cluster))
 
 
 def prepare(
     model: str | ModelGraph, cluster: str | Cluster, *, global_batch: int, seq: int, precision: str | None = None, optimizer: str = "adamw",
     sample: str | None = None, limit: str = "95%", fix: dict[str, Any] | None = None, costs: str | CostModel | None = "auto",
-    runnable: bool = False, progress: Progress | None = None,
+    progress: Progress | None = None,
 ) -> Inputs:  # fmt: skip
     """Checks and traces what plan() is given. Raises InputError for bad input."""
     say = progress or (lambda _: None)
@@ -200,7 +200,7 @@ def prepare(
         raise InputError(f"the model was traced at sequence {model.seq} in {model.precision}, not at {seq} in {precision}")
     parse_limit(limit, where.device.memory_bytes)
     workload = Workload(global_batch=global_batch, seq=seq, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
-    return Inputs(model, where, workload, limit, dict(fix or {}), cost_model(costs, where), runnable)
+    return Inputs(model, where, workload, limit, dict(fix or {}), cost_model(costs, where))
 
 
 def plan_of(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, costs: CostModel | None = None) -> tuple[Search, Plan]:
@@ -232,8 +232,12 @@ def _assemble(search: Search, outcome: Outcome, limit_bytes: float) -> Plan:
     x = best.layout
     sharded = space.shardings[x.tp, x.sp]
     layers, modules = module_tables(graph, sharded) if x.tp > 1 else ((), ())
+    experts = expert_tables(graph, x)
+    if experts and layers:
+        blocks = {i: sharded[o.block].block for i, o in enumerate(graph.layers)}
+        layers = tuple(g.model_copy(update={"modules": tuple(without_experts(list(g.modules), blocks[g.layers[0]]))}) for g in layers)
     solution = Solution(
-        layout=x, stages=_stages(search, best), mesh=mesh_of(x), layer_shardings=layers, module_shardings=modules, loss=x.loss,
+        layout=x, stages=_stages(search, best), mesh=mesh_of(x), layer_shardings=layers, module_shardings=modules, loss=x.loss, experts=experts,
         program=stage_program(graph, sharded, x), kv_replicated=any(b.kv_replicated for b in sharded),
     )  # fmt: skip
     made = Plan(
@@ -404,6 +408,9 @@ def _notes(space: Space, x: Layout) -> tuple[str, ...]:
     replicated = sorted({name for b in space.shardings[x.tp, x.sp] for name in b.unknown}) if x.tp > 1 else []
     if replicated:
         out.append(f"computed on every tensor-parallel rank, for want of a sharding rule: {', '.join(replicated)}")
+    whole = sorted({n for b in space.shardings[x.tp, x.sp] for n in _whole_matrices(b)}) if x.tp > 1 else []
+    if whole:
+        out.append(f"matrices that are whole on every tensor-parallel rank: {', '.join(whole)}")
     if space.cluster.mixed:
         out.append("the cluster mixes devices: each stage is priced as the slowest of its own, ranks numbered node by node as the cluster lists them")
     if any(op.args.get("p") for b in space.graph.blocks for op in b.ops if op.target.startswith("aten.dropout")):
@@ -413,9 +420,17 @@ def _notes(space: Space, x: Layout) -> tuple[str, ...]:
     return tuple(out)
 
 
+def _whole_matrices(b: ShardedBlock) -> Iterator[str]:
+    """Matrices that the block does not split, but for the experts' and their router's, which are another degree's."""
+    routed = {v for op in b.block.ops if op.name in b.routed for v in op.inputs}
+    for name, state in b.params.items():
+        if len(b.block.param(name).shape) > 1 and not state.startswith("S") and f"param:{name}" not in routed:
+            yield f"{b.block.name}.{name}" if b.block.repeated else name
+
+
 def _inputs_hash(space: Space, limit_bytes: float) -> str:
     stamp = space.costs.stamp if space.costs else ""
-    asked = (space.workload.model_dump_json(), sorted(space.fixed.items()), limit_bytes, space.runnable)
+    asked = (space.workload.model_dump_json(), sorted(space.fixed.items()), limit_bytes)
     parts = (space.graph.hash, space.cluster.model_dump_json(), stamp, *asked)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

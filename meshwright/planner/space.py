@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel import schedules
-from meshwright.costmodel.layouts import FREE, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, STATE_DTYPES, Layouts
+from meshwright.costmodel.layouts import ASKED, FREE, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, SPLIT, STATE_DTYPES, Layouts
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.sharded import ShardedBlock
-from meshwright.planner.plan import RUNS, Layout, Workload
+from meshwright.planner.expert_tables import why_not
+from meshwright.planner.plan import Layout, Workload
 from meshwright.planner.shardedmodel import shard_model
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.tables import uses_vocab_parallel_loss
+from meshwright.planner.token_dims import no_token_dims
 from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
@@ -39,6 +41,8 @@ FIXABLE: dict[str, type] = {
 _ALIASES = {"mb": "micro_batch", "microbatch": "micro_batch", "remat": "recompute", "hsdp": "replicas", "chunks": "vpp"}
 MOST_CHUNKS = 8  # of a rank
 MOST_ETP = 8
+NO_RECOMPUTE = "it runs the weights' gradients apart, and recomputation would run twice for them"
+NO_SHARDED_GRADIENTS = "it runs the weights' gradients apart, where ZeRO 2 and 3 do not see them to reduce them after each microbatch"
 
 
 def parse_fix(text: str) -> dict[str, Any]:
@@ -89,20 +93,30 @@ class Details:
     rest: np.ndarray  # [c, 3] loss, state, offload
 
     @property
+    def below(self) -> np.ndarray:
+        """Layouts with each row of `sharding`."""
+        together = runs_together(self.sharding[:, :1], self.schedule[None, :, 0]) if len(self.schedule) else np.zeros((len(self.sharding), 0))
+        return np.asarray(together.sum(axis=1, dtype=np.int64) * len(self.rest))
+
+    @property
     def count(self) -> int:
-        return len(self.sharding) * len(self.schedule) * len(self.rest)
+        return int(self.below.sum())
+
+
+def runs_together(zero: np.ndarray, schedule: np.ndarray) -> np.ndarray:
+    """Whether a ZeRO stage and a schedule do: where the weights' gradients run apart, nothing would reduce those of each microbatch."""
+    return np.asarray((zero < 2) | ~np.isin(schedule, [SCHEDULES.index(name) for name in SPLIT]))
 
 
 @dataclass
 class Space:
-    """Every layout of a model on a cluster, and what was left out, counted by reason. `runnable` keeps it to what apply runs."""
+    """Every layout of a model on a cluster, and what was left out, counted by reason."""
 
     graph: ModelGraph
     cluster: Cluster
     workload: Workload
     fixed: dict[str, Any] = field(default_factory=dict)
     costs: CostModel | None = None
-    runnable: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
     shardings: dict[tuple[int, bool], tuple[ShardedBlock, ...]] = field(default_factory=dict)
     known: dict[tuple[int, bool], tuple[ShardedBlock, ...] | str] = field(default_factory=dict)  # made for any cluster, or why not
@@ -115,19 +129,20 @@ class Space:
                     self._shard(tp, sp)
 
     def _caches(self) -> None:
-        for name in ("_zero", "_pipelines", "_rest"):  # asked for many times with few answers
+        for name in ("_zero", "_pipelines", "_rest", "_no_experts"):  # asked for many times with few answers
             setattr(self, name, lru_cache(maxsize=None)(getattr(self, name)))
 
     def _degrees(self, key: str, of: int) -> list[int]:
-        allowed = RUNS.get(key) if self.runnable and key not in self.fixed else None
-        return [d for d in divisors(of) if self.fixed.get(key, d) == d and (allowed is None or d in allowed)]
+        return [d for d in divisors(of) if self.fixed.get(key, d) == d]
 
     def _names(self, key: str, names: tuple[str, ...]) -> list[str]:
-        allowed = RUNS.get(key, names) if self.runnable and key not in self.fixed else names
-        return [n for n in names if self.fixed.get(key, n) == n and n in allowed]
+        return [n for n in names if self.fixed.get(key, n) == n]
 
     def _shard(self, tp: int, sp: bool) -> None:
         name = f"tp={tp}{' with sp' if sp else ''}"
+        if tp > 1 and self.moe and (why := self._no_experts(True, 1, 1)):
+            self.skipped[f"{name}: {why}"] += 1
+            return
         if tp > 1 and self.moe and not sp and self.fixed.get("sp") is None:
             self.skipped[f"{name}: experts take each token once, which needs sequence parallelism"] += 1
             return
@@ -140,11 +155,6 @@ class Space:
         if isinstance(made, str):
             self.skipped[f"{name}: {made}"] += 1
             return
-        if self.runnable and any(b.kv_replicated for b in made):
-            kv = self.heads[1]
-            why = f"{kv} key-value heads are not divisible by {tp}, and apply does not replicate them yet"
-            self.skipped[f"{name}: {why if kv % tp else 'key-value heads would be replicated, which apply does not run yet'}"] += 1
-            return
         self.shardings[tp, sp] = made
 
     def holding(self, fix: dict[str, Any]) -> Space:
@@ -155,14 +165,14 @@ class Space:
         held = {**self.fixed, **fix}
         shardings = {(tp, sp): s for (tp, sp), s in self.shardings.items() if held.get("tp", tp) == tp and held.get("sp", sp) == sp}
         made = Space.__new__(Space)
-        made.__dict__.update({k: getattr(self, k) for k in ("graph", "cluster", "workload", "costs", "runnable", "known")})
+        made.__dict__.update({k: getattr(self, k) for k in ("graph", "cluster", "workload", "costs", "known")})
         made.fixed, made.shardings, made.skipped = held, shardings, Counter(self.skipped)
         made._caches()
         return made
 
     def like(self, cluster: Cluster, workload: Workload, fixed: dict[str, Any]) -> Space:
         """The space of the same model on another cluster or for another batch; blocks that are sharded already are not sharded again."""
-        return Space(self.graph, cluster, workload, fixed, self.costs, self.runnable, known=self.known)
+        return Space(self.graph, cluster, workload, fixed, self.costs, known=self.known)
 
     # -- what the model allows
 
@@ -193,13 +203,17 @@ class Space:
             other = next((op for op in b.ops if op.kind in ("conv", "scan", "unknown")), None)
             if other is not None:
                 return f"{other.target} of {b.name} joins tokens"
-        return ""
+        return no_token_dims(self.graph)
 
     @cached_property
     def heads(self) -> tuple[int, int]:
         """Query and key-value heads that every attention has (common divisors)."""
         found = [op.dims for b in self.graph.blocks for op in b.ops if op.kind == "attention"]
         return (gcd(*(d["heads"] for d in found)), gcd(*(d["kv_heads"] for d in found))) if found else (0, 0)
+
+    def _no_experts(self, tp: bool, ep: int, etp: int) -> str:
+        """Why experts cannot be spread that way; empty if they can."""
+        return why_not(self.graph, tp=2 if tp else 1, ep=ep, etp=etp)
 
     # -- degrees
 
@@ -236,7 +250,7 @@ class Space:
                     if self.workload.global_batch % dp:
                         self.skipped[f"dp={dp}: it does not divide the global batch {self.workload.global_batch}"] += 1
                         continue
-                    for ep, etp in self._expert_degrees(tp * cp * dp):
+                    for ep, etp in self._expert_degrees(tp, tp * cp * dp):
                         for mb in self._degrees("micro_batch", self.workload.global_batch // dp):
                             if self.workload.global_batch // (dp * mb) < pp:
                                 self.skipped["microbatches < pp: a schedule needs at least as many microbatches as stages"] += 1
@@ -257,12 +271,14 @@ class Space:
                 parts = cp * tokens * (2 if kind == "ring" else 1)
                 if seq % parts:
                     self.skipped[f"cp={cp} ({kind}): a sequence of {seq} is not divisible by {parts}"] += 1
+                elif seq == cp:
+                    self.skipped[f"cp={cp} ({kind}): attention of one token on each rank is not told apart from decoding"] += 1
                 elif kind == "ulysses" and (heads % cp or kv_heads % cp):
                     self.skipped[f"cp={cp} (ulysses): {heads} heads and {kv_heads} key-value heads of a rank are not divisible by {cp}"] += 1
                 else:
                     yield cp, int(kind == "ulysses")
 
-    def _expert_degrees(self, stage: int) -> Iterator[tuple[int, int]]:
+    def _expert_degrees(self, tp: int, stage: int) -> Iterator[tuple[int, int]]:
         if not self.moe:
             if self.fixed.get("ep", 1) == 1 and self.fixed.get("etp", 1) == 1:
                 yield 1, 1
@@ -272,6 +288,10 @@ class Space:
         experts, inner = self.moe
         for ep in self._degrees("ep", experts):
             for etp in self._degrees("etp", inner):
+                why = self._no_experts(tp > 1, ep, etp)
+                if why:
+                    self.skipped[f"ep={ep} etp={etp}: {why}"] += 1
+                    continue
                 if stage % (ep * etp) == 0 and etp <= max(MOST_ETP, self.fixed.get("etp", 1)):
                     yield ep, etp
 
@@ -313,13 +333,19 @@ class Space:
             return [(0, 1)] if vpp in (None, 1) and self.fixed.get("schedule", "1f1b") in ("1f1b", "gpipe") else []
         layers = len(self.graph.layers)
         for name in self._names("schedule", SCHEDULES):
-            if name == "gpipe" and self.fixed.get("schedule") != "gpipe":
+            if name in ASKED and self.fixed.get("schedule") != name:
+                continue
+            if name in SPLIT and self.fixed.get("recompute", "none") not in ("none", "by stage"):
+                self.skipped[f"schedule={name}: {NO_RECOMPUTE}"] += 1
+                continue
+            if name in SPLIT and (self.fixed.get("zero") or 0) >= 2:
+                self.skipped[f"schedule={name}: {NO_SHARDED_GRADIENTS}"] += 1
                 continue
             s = schedules.find(name)
             for v in range(s.vpp[0], min(s.vpp[1] or MOST_CHUNKS, MOST_CHUNKS) + 1):
-                if vpp not in (None, v) or (self.runnable and vpp is None and v > 1) or pp * v > layers:
+                if vpp not in (None, v) or pp * v > layers:
                     continue
-                if microbatches < s.least(pp) or (s.shape == "loop" and v > 1 and microbatches % pp):
+                if microbatches < s.least(pp) or (s.shape == "loop" and s.rounds and v > 1 and microbatches % pp):
                     continue
                 out.append((SCHEDULES.index(name), v))
         return out
@@ -341,7 +367,7 @@ class Space:
             d = details[which[i]]
             for zero, replicas in d.sharding:
                 for schedule, vpp in d.schedule:
-                    for loss, state, offload in d.rest:
+                    for loss, state, offload in d.rest if runs_together(zero, schedule) else ():
                         full = row.with_columns(**{k: np.array([v]) for k, v in zip(
                             ("zero", "replicas", "schedule", "vpp", "loss", "state", "offload"), (zero, replicas, schedule, vpp, loss, state, offload)
                         )})  # fmt: skip
@@ -385,4 +411,4 @@ def to_arrays(layouts: list[Layout], workload: Workload) -> Layouts:
     )  # fmt: skip
 
 
-__all__ = ["CHOICES", "FIXABLE", "RUNS", "Details", "Space", "divisors", "layout_of", "parse_fix", "to_arrays"]
+__all__ = ["CHOICES", "FIXABLE", "Details", "Space", "divisors", "layout_of", "parse_fix", "to_arrays"]

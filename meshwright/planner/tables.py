@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from meshwright.costmodel.sharded import ShardedBlock
@@ -11,6 +11,7 @@ from meshwright.planner.rules_views import RESHAPES
 from meshwright.planner.shardedmodel import inlined_modules
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.states import parse
+from meshwright.planner.token_dims import TokenDims, token_dims
 from meshwright.profiling.graph import ModelGraph, Program, Statement
 
 
@@ -76,7 +77,75 @@ def stage_program(graph: ModelGraph, sharded: tuple[ShardedBlock, ...], layout: 
         inputs=p.inputs, stem=tuple(stem), side=tuple(side), layers=p.layers, layer_args=p.layer_args, layer_kwargs=p.layer_kwargs,
         head=tuple(head), output=p.output,
     )  # fmt: skip
+    if layout.cp > 1:
+        local = _with_context(local, token_dims(graph), layout)
     return _renamed(_with_batch(local, layout.micro_batch), p)
+
+
+def _with_context(program: StageProgram, tokens: TokenDims, layout: Layout) -> StageProgram:
+    """The program of a rank that has some of the tokens: what is made for all of them is cut ("context:<dim>"), sizes are of its own."""
+    stem, side, head = (_cut_statements(part, tokens, layout) for part in (program.stem, program.side, program.head))
+    args, kwargs = _map_refs((program.layer_args, program.layer_kwargs), _cut_names(tokens.made))
+    for (reader, value), dim in tokens.read.items():
+        if not reader:
+            path = value.partition(":")[2]
+            cut_path = Statement(target=f"context:{dim}", args=({"attr": path},), outputs=(f"{path.rpartition('.')[2]}_tokens",))
+            side.append(cut_path)
+            args, kwargs = _with_cut_attribute((args, kwargs), path, cut_path.outputs[0])
+    return program.model_copy(
+        update={"stem": tuple(stem), "side": tuple(side), "head": tuple(head), "layer_args": tuple(args), "layer_kwargs": kwargs}
+    )
+
+
+def _cut_names(made: Mapping[str, int]) -> Callable[[str], str]:
+    return lambda name: f"{name}_tokens" if name in made else name
+
+
+def _with_cut_attribute(x: Any, path: str, name: str) -> Any:
+    if isinstance(x, dict):
+        return {"ref": name} if x == {"attr": path} else {k: _with_cut_attribute(v, path, name) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(_with_cut_attribute(v, path, name) for v in x)
+    return x
+
+
+def _cut_statements(statements: Iterable[Statement], tokens: TokenDims, layout: Layout) -> list[Statement]:
+    """Statements of one part of the program, on this rank's tokens."""
+    rename, out = _cut_names(tokens.made), []
+    for s in statements:
+        args, kwargs = _map_refs((s.args, s.kwargs), rename)
+        for (reader, value), dim in tokens.read.items():
+            if reader not in s.outputs:
+                continue
+            path = value.partition(":")[2] if value.startswith(("param:", "buffer:")) else ""
+            read, name = ({"attr": path}, f"{path.rpartition('.')[2]}_tokens") if path else ({"ref": value}, f"{value}_tokens")
+            of_own = _with_cut_attribute((args, kwargs), path, name) if path else _map_refs((args, kwargs), _renamer(value, name))
+            if of_own != (args, kwargs):
+                out.append(Statement(target=f"context:{dim}", args=(read,), outputs=(name,)))
+                args, kwargs = of_own
+        made = s.model_copy(update={"args": tuple(args), "kwargs": kwargs})
+        output = s.outputs[0]
+        if output in tokens.made:
+            cut = Statement(target=f"context:{tokens.made[output]}", args=({"ref": output},), outputs=(rename(output),))
+            out += [made, cut]
+        else:
+            out.append(_with_local_size(made, tokens.values.get(output), layout.cp))
+    return out
+
+
+def _with_local_size(s: Statement, dim: int | None, cp: int) -> Statement:
+    """A reshape whose result has tokens in dimension `dim`, to the sizes that one of `cp` ranks has."""
+    name = s.target.partition(":")[2].partition(".")[0]
+    if dim is None or not s.target.startswith("aten:") or name not in (*RESHAPES, "expand"):
+        return s
+    args = [list(a) if isinstance(a, list | tuple) else a for a in s.args]
+    for a in args:
+        if isinstance(a, list) and dim < len(a):
+            if isinstance(a[dim], int) and a[dim] > 0:
+                a[dim] //= cp
+            elif isinstance(a[dim], str) and a[dim].startswith("B*") and int(a[dim][2:]) % cp == 0:
+                a[dim] = f"B*{int(a[dim][2:]) // cp}"
+    return s.model_copy(update={"args": tuple(args)})
 
 
 def _localised(statements: Iterable[Statement], block: ShardedBlock) -> list[Statement]:
@@ -170,6 +239,8 @@ def _renamed(program: StageProgram, original: Program) -> StageProgram:
     parts = (*program.stem, *program.side, *program.head)
     for s in parts:
         wish = s.target.partition(":")[2].partition(".")[0] if s.target.startswith("aten") else s.target.rpartition(".")[2].rpartition(":")[2]
+        if s.target.startswith("context:") and "ref" in s.args[0]:
+            wish = f"{names.get(s.args[0]['ref'], s.args[0]['ref'])}_tokens"
         for i, output in enumerate(s.outputs):
             if output != "_" and output not in names:
                 names[output] = fresh(f"{wish}_{i}" if len(s.outputs) > 1 else wish if wish.isidentifier() else output)

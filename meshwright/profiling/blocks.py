@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,7 @@ from meshwright.profiling.graph import (
 )  # fmt: skip
 from meshwright.profiling.joint import Batch, Joint, is_identity, resolve, skipped, users
 from meshwright.profiling.kinds import dims_of, kind_of, op_name
-from meshwright.profiling.literals import SIZED, UNSETTABLE, Call
+from meshwright.profiling.literals import COUNTED, FILLED, SIZED, UNSETTABLE, Call
 
 ROOT = "model"  # the traced module wraps the user's model under this name
 LOSS = "@loss"  # the module of ops that the objective adds after the model
@@ -276,11 +277,13 @@ def _with_literals(ops: list[Op], probed: dict[str, list[Call]]) -> list[Op]:
     """
     found: dict[str, dict[str, str]] = defaultdict(dict)
     seen: set[str] = set()
-    for path, calls in probed.items():
-        mine = [op for op in ops if _named(op) in SIZED and (op.module == path or op.module.startswith(path + "."))]
+    for path, names in itertools.product(probed, (SIZED, FILLED, frozenset(COUNTED))):
+        mine = [op for op in ops if _named(op) in names and (op.module == path or op.module.startswith(path + "."))]
+        calls = [c for c in probed[path] if _plain_name(c.name) in names]
         if [_plain_name(_named(op)) for op in mine] != [_plain_name(c.name) for c in calls]:
             continue
-        seen.add(path)
+        if names is SIZED:
+            seen.add(path)
         for op, call in zip(mine, calls, strict=True):
             for position, attribute in call.follows.items():
                 mark = UNSETTABLE if attribute.startswith(UNSETTABLE) else ""
@@ -304,6 +307,8 @@ def _plain_name(name: str) -> str:
 
 def _where(op: Op, position: int) -> str:
     """The argument that holds the size at this position of a call."""
+    if _named(op) in COUNTED:
+        return COUNTED[_named(op)]
     key = next((k for k, v in op.args.items() if isinstance(v, list)), "")
     return f"{key}[{position}]" if key and _named(op) != "unflatten" else "split_size" if "split_size" in op.args else str(position)
 
@@ -422,8 +427,14 @@ def leaf_paths(spec: Any, side: str) -> list[str]:
     return [k.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").lstrip(".") for k in keys]
 
 
+def _entering(block: Block, i: int) -> str:
+    """What the block's input i is: a first layer that takes the batch itself has no gradient to hand back."""
+    x = block.inputs[i]
+    return f"in{x.spec.shape} {x.role} {x.requires_grad}"
+
+
 def structure_hash(block: Block) -> str:
-    """Equal for blocks that are the same graph: Weisfeiler-Lehman hash over ops, their shapes and parameters."""
+    """Equal for blocks that are the same graph: Weisfeiler-Lehman hash over ops, their shapes and parameters, and what enters."""
     import networkx as nx
 
     g = nx.DiGraph()
@@ -433,7 +444,6 @@ def structure_hash(block: Block) -> str:
         for i, source in zip(op.roles, op.inputs, strict=True):
             base = source.partition(":")[0] if not source.startswith(("param:", "buffer:", "in:")) else source
             if base not in g:
-                shape = block.spec_of(source).shape if source.startswith(("param:", "in:")) else ()
-                g.add_node(base, label=source if not source.startswith("in:") else f"in{shape}")
+                g.add_node(base, label=_entering(block, int(source[3:])) if source.startswith("in:") else source)
             g.add_edge(base, op.name, role=i)
     return str(nx.weisfeiler_lehman_graph_hash(g, node_attr="label", edge_attr="role", iterations=4))

@@ -13,7 +13,7 @@ from meshwright.profiling.graph import Kind
 NAMES: dict[Kind, str] = {
     "matmul": "linear matmul mm addmm bmm baddbmm einsum bilinear",
     "attention": "scaled_dot_product_attention attention",
-    "experts": "_grouped_mm grouped_mm_fallback",
+    "experts": "_grouped_mm grouped_mm_fallback grouped_linear",
     "conv": "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d _convolution",
     "norm": "layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm instance_norm "
     "_native_batch_norm_legit native_batch_norm",
@@ -76,6 +76,9 @@ def dims_of(kind: Kind, name: str, tensors: dict[str, Tensor], args: dict[str, A
         }  # fmt: skip
     elif kind == "experts":
         rows, weight = tensors.get("input", tensors.get("self")), tensors.get("weight", tensors.get("mat2"))
+        if rows is not None and "weights.0" in tensors:  # one [n, k] for each expert
+            n, k = tensors["weights.0"].shape
+            sizes = {"m": rows.shape[0], "n": n, "k": k, "experts": sum(role.startswith("weights.") for role in tensors)}
         if rows is not None and weight is not None:
             sizes = {"m": rows.shape[0], "n": weight.shape[-1], "k": weight.shape[-2], "experts": weight.shape[0]}
     elif kind == "embedding":

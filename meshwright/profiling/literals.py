@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 UNSETTABLE = "!"  # before an attribute that a size follows but that cannot be set to a local value
 SIZED = frozenset(("view", "reshape", "split", "split_with_sizes", "expand", "unflatten"))
+FILLED = frozenset(("zeros", "ones", "empty"))  # made of sizes alone
+COUNTED = {"histc": "bins", "bincount": "minlength", "one_hot": "num_classes"}  # how many classes are counted (experts): an argument each
 
 
 @dataclass
@@ -42,14 +44,18 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name not in SIZED or not args or not isinstance(args[0], Tensor):
+        if isinstance(kwargs.get(COUNTED.get(name)), int):
+            self.calls.append(Call(name, (kwargs[COUNTED[name]],)))
             return func(*args, **kwargs)
-        rest, sizes = _numbers(args[1:], kwargs)
+        if name not in FILLED and (name not in SIZED or not args or not isinstance(args[0], Tensor)):
+            return func(*args, **kwargs)
+        given = args[:1] if name in SIZED else ()
+        rest, sizes = _numbers(args[len(given) :], kwargs)
         i = len(self.calls)
         self.calls.append(Call(name, tuple(sizes)))
         if self.baseline is not None and i < len(self.baseline) and len(self.baseline[i].sizes) == len(sizes):
             new_args, new_kwargs = _with_numbers(rest, list(self.baseline[i].sizes))
-            return func(args[0], *new_args, **new_kwargs)
+            return func(*given, *new_args, **new_kwargs)
         return func(*args, **kwargs)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshwright.profiling.errors import InputError
+from meshwright.profiling.ops import grouped_experts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -137,7 +138,12 @@ def build_hf(path: Path, precision: str) -> tuple[nn.Module, Any]:
 def _load_hf(path: Path, *, batch: int, seq: int, precision: str) -> Loaded:
     module, config = build_hf(path, precision)
     name = path.name if path.is_dir() else path.stem if path.stem != "config" else path.resolve().parent.name
-    _check_positions(module, seq, str(path))
+    return loaded_hf(module, config, name, str(path), batch=batch, seq=seq, precision=precision)
+
+
+def loaded_hf(module: nn.Module, config: Any, name: str, source: str, *, batch: int, seq: int, precision: str) -> Loaded:
+    """A model of transformers on meta with the inputs and the objective that its class has. InputError where it has none here."""
+    _check_positions(module, seq, source)
     cls = type(module).__name__
     long: dict[str, Any] = {"dtype": torch.long, "device": "meta"}
     vocab = getattr(config.get_text_config(), "vocab_size", 2)
@@ -157,9 +163,9 @@ def _load_hf(path: Path, *, batch: int, seq: int, precision: str) -> Loaded:
         labels_from = "shift"
     elif not cls.endswith("ForMaskedLM"):
         heads = "causal, masked, sequence-to-sequence or image-classification"
-        raise InputError(f"{path}: {cls} has no training objective here; use a {heads} head")
+        raise InputError(f"{source}: {cls} has no training objective here; use a {heads} head")
     loaded = Loaded(
-        name=name, source=str(path), origin="hf", module=module, args=(), kwargs=kwargs, labels=labels,
+        name=name, source=source, origin="hf", module=module, args=(), kwargs=kwargs, labels=labels,
         objective="cross_entropy", labels_from=labels_from, loss=cross_entropy, high=high,
     )  # fmt: skip
     windows = {w for m in module.modules() if isinstance(w := getattr(m, "sliding_window", None), int)}
@@ -259,10 +265,6 @@ def call_sample(fn: Callable[..., Any], where: str, batch: int, seq: int) -> tup
 
 def _load_factory(source: str, *, batch: int, seq: int, precision: str, sample: str | None) -> Loaded:
     built, home, notes = build_factory(source)
-    for p in built.parameters():
-        if p.is_floating_point():
-            p.data = p.data.to(DTYPES[precision])
-    built.train()
     if sample:
         _, fn = import_target(sample)
     elif hasattr(home, "sample"):
@@ -270,7 +272,21 @@ def _load_factory(source: str, *, batch: int, seq: int, precision: str, sample: 
     else:
         raise InputError(f"{source} has no sample(batch, seq) beside it that makes its inputs: add one, or name it with --sample")
     with torch.device("meta"):
-        args, kwargs, labels = call_sample(fn, sample, batch, seq)
+        made = call_sample(fn, sample, batch, seq)
+    name = source.rpartition(":")[0].removesuffix(".py").rpartition("/")[2].rpartition(".")[2]
+    return loaded_module(built, home, name, source, sample, made, batch=batch, precision=precision, notes=notes)
+
+
+def loaded_module(
+    built: nn.Module, home: Any, name: str, source: str, sample: str, made: tuple[tuple[Any, ...], dict[str, Any], Any], *, batch: int,
+    precision: str, notes: list[str],
+) -> Loaded:  # fmt: skip
+    """A plain module on meta with what call_sample returned for `batch` samples, and `home.loss` or the objective that labels suggest."""
+    for p in built.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(DTYPES[precision])
+    built.train()
+    args, kwargs, labels = made
     tensors = {f"{i}": a for i, a in enumerate(args)} | kwargs
     for key, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -283,18 +299,17 @@ def _load_factory(source: str, *, batch: int, seq: int, precision: str, sample: 
 
     args, kwargs = tuple(cast(a) for a in args), {k: cast(v) for k, v in kwargs.items()}
     loaded = Loaded(
-        name=source.rpartition(":")[0].removesuffix(".py").rpartition("/")[2].rpartition(".")[2],
-        source=source, origin="module", module=built, args=args, kwargs=kwargs, labels=None,
+        name=name, source=source, origin="module", module=built, args=args, kwargs=kwargs, labels=None,
         objective="square", labels_from="none", loss=square, sample_source=sample, notes=notes,
     )  # fmt: skip
     _choose_objective(loaded, home, labels)
     return loaded
 
 
-def _choose_objective(loaded: Loaded, home: ModuleType, labels: Any) -> None:
+def _choose_objective(loaded: Loaded, home: Any, labels: Any) -> None:
     """The file's own loss(output, labels), or one that the labels and the output's shape suggest."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), grouped_experts(loaded.module):
             output = loaded.module(*loaded.args, **loaded.kwargs)
     except (Exception, SystemExit) as e:
         raise InputError(f"{loaded.source}: the model does not run on its sample: {one_line(e)}") from None

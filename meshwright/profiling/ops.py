@@ -8,8 +8,10 @@ backward, and nothing else: calling one with real data is an error.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -131,6 +133,57 @@ def _nll_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 nll.register_autograd(_nll_autograd, setup_context=_nll_setup)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::grouped_linear", mutates_args=())
+def grouped_linear(input: Tensor, weights: list[Tensor], biases: list[Tensor], offs: Tensor) -> Tensor:
+    """The linear layers [n, k] of as many experts on rows [m, k] that are sorted by expert, which end at `offs`: output [m, n]."""
+    raise _only_shapes("grouped_linear")
+
+
+@grouped_linear.register_fake
+def _(input: Tensor, weights: list[Tensor], biases: list[Tensor], offs: Tensor) -> Tensor:
+    return input.new_empty(input.shape[0], weights[0].shape[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(
+    grad: Tensor, input: Tensor, weights: list[Tensor], biases: list[Tensor], offs: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    raise _only_shapes("grouped_linear_backward")
+
+
+@grouped_linear_backward.register_fake
+def _(
+    grad: Tensor, input: Tensor, weights: list[Tensor], biases: list[Tensor], offs: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return torch.empty_like(input), [torch.empty_like(w) for w in weights], [torch.empty_like(b) for b in biases]
+
+
+def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weights, biases, offs = inputs
+    ctx.experts = len(weights)
+    ctx.save_for_backward(input, offs, *weights, *biases)
+
+
+def _grouped_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input, offs, *params = ctx.saved_tensors
+    weights, biases = params[: ctx.experts], params[ctx.experts :]
+    return *grouped_linear_backward(grad, input, weights, biases, offs), None
+
+
+grouped_linear.register_autograd(_grouped_autograd, setup_context=_grouped_setup)
+
+
+@register_flop_formula([torch.ops.meshwright.grouped_linear])
+def _grouped_linear_flops(input: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    """Every row meets one expert."""
+    return int(2 * input[0] * weights[0][0] * weights[0][1])
+
+
+@register_flop_formula([torch.ops.meshwright.grouped_linear_backward])
+def _grouped_linear_backward_flops(grad: Any, input: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _grouped_linear_flops(input, weights)
+
+
 @register_flop_formula([torch.ops.meshwright.attention])
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     """Two products over the full (not causal) score matrix, as torch counts scaled_dot_product_attention."""
@@ -221,18 +274,72 @@ def _traced_scan(
 
 @contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
-    """While it is open, a transformers model takes the paths that can be traced on meta tensors.
+    """While it is open, a model takes the paths that can be traced on meta tensors.
 
-    Attention as one op, experts as grouped products in any dtype, Mamba's scan as one op. Other modules are untouched.
+    Lists of experts as grouped products; in transformers models attention as one op, experts as grouped products in any dtype, Mamba's
+    scan as one op. Other modules are untouched.
     """
-    if not hasattr(model, "set_attn_implementation"):
-        yield
-        return
     with ExitStack() as stack:
+        stack.enter_context(grouped_experts(model))
+        if not hasattr(model, "set_attn_implementation"):
+            yield
+            return
         for patch in _experts_patches() + _scan_patches(model):
             stack.enter_context(patch)
         stack.callback(_use_traced_attention(model))
         yield
+
+
+def expert_list(module: nn.Module) -> nn.ModuleList | None:
+    """The equal experts of a module forward(hidden [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]; None for another one.
+
+    They are all that it has parameters in, and theirs are those of linear layers. What it computes is, for each token, the sum of its
+    experts' results by weight.
+    """
+    names = [p.name for p in inspect.signature(module.forward).parameters.values()]
+    lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    if names[1:] != ["top_k_index", "top_k_weights"] or len(lists) != 1:
+        return None
+    experts = lists[0]
+    shapes = [[(type(e), n, p.shape) for n, p in e.named_parameters()] for e in experts]
+    linear = sum(p.numel() for m in experts.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+    alike = all(s == shapes[0] for s in shapes) and sum(p.numel() for p in module.parameters()) == linear > 0
+    return experts if alike else None
+
+
+@contextmanager
+def grouped_experts(model: nn.Module) -> Iterator[None]:
+    """While it is open, lists of experts (expert_list) are grouped products, whose shapes do not depend on the router."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            experts = expert_list(module)
+            if experts is not None:
+                stack.enter_context(mock.patch.object(module, "forward", partial(_grouped_experts, experts)))
+        yield
+
+
+def _grouped_experts(experts: nn.ModuleList, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Tokens sorted by expert, one expert's own code on all of them with its linear layers grouped, and the weighted sum."""
+    ids, order = top_k_index.reshape(-1).sort()
+    counts = torch.histc(ids.float(), bins=len(experts), min=0, max=len(experts) - 1)
+    offs = counts.cumsum(0, dtype=torch.int32)
+    with ExitStack() as stack:
+        # no calls of submodules: all ops belong to the module of the experts
+        stack.enter_context(mock.patch.object(nn.Module, "__call__", lambda m, *args, **kwargs: m.forward(*args, **kwargs)))
+        for path, m in experts[0].named_modules():
+            if isinstance(m, nn.Linear):
+                every = [e.get_submodule(path) for e in experts]
+                stack.enter_context(mock.patch.object(m, "forward", partial(_grouped, every, offs)))
+        out = experts[0].forward(hidden[order // top_k_index.shape[-1]])
+    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    return out[back].view(*top_k_index.shape, hidden.shape[-1]).sum(1).to(hidden.dtype)
+
+
+def _grouped(layers: list[Any], offs: Tensor, x: Tensor) -> Tensor:
+    biases = [m.bias for m in layers if m.bias is not None]
+    return torch.ops.meshwright.grouped_linear(x, [m.weight for m in layers], biases, offs)  # type: ignore[no-any-return]
 
 
 def _use_traced_attention(model: Any) -> Callable[[], None]:

@@ -78,7 +78,8 @@ def make_program(exported: Any, module: nn.Module, root: str, layers: Sequence[s
         raise NotSequential("the code after its layers uses values from before them")
     args, kwargs = _without_defaults(*templates[0], module.get_submodule(layers[0]))
     return Program(
-        inputs=tuple(nm.names[n].removeprefix("input:") for n in w.model_inputs()),
+        # without a stem the layers take an input itself
+        inputs=tuple(CARRY if n is w.base(first) else nm.names[n].removeprefix("input:") for n in w.model_inputs()),
         stem=tuple(w.statement(c, {first: CARRY}) for c in stem_calls),
         side=tuple(w.statement(c, {first: CARRY}) for c in side_calls),
         layers=tuple(all_layers),

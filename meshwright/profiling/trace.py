@@ -18,6 +18,7 @@ from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import Block, ModelGraph, ModelInput, Occurrence, Program
 from meshwright.profiling.joint import PRIMES, Batch, export, is_identity, resolve, trace_joint, users
 from meshwright.profiling.literals import probe_all
+from meshwright.profiling.live import Sample, load_live
 from meshwright.profiling.loading import Loaded, load, main_output, one_line
 from meshwright.profiling.program import NotSequential, make_program
 from meshwright.profiling.structure import Chain, find_chains, shortened
@@ -40,20 +41,22 @@ class _TrainStep(nn.Module):
         return self._loaded.loss(output, labels)
 
 
-def trace(source: str, *, seq: int, precision: str = "bf16", sample: str | None = None) -> ModelGraph:
-    """Traces a model named by `source` (see loading.load) at sequence length `seq`.
+def trace(source: str | nn.Module, *, seq: int, precision: str = "bf16", sample: str | Sample | None = None) -> ModelGraph:
+    """Traces a model named by `source` (see loading.load), or a live module with a sample of its inputs (see live.Sample), at sequence
+    length `seq`. A live module is not changed.
 
     Raises InputError if the source is not a model or cannot be traced; the sentence names the model and the cause.
     """
     if not 1 <= seq <= 10**9:
         raise InputError("the sequence length is at least 1 and at most 1,000,000,000")
     prime = PRIMES[0]
+    read: Any = load if isinstance(source, str) else load_live
     with _quiet():
-        loaded = load(source, batch=prime, seq=seq, precision=precision, sample=sample)
+        loaded = read(source, batch=prime, seq=seq, precision=precision, sample=sample)
         sizes = {s for p in loaded.module.parameters() for s in p.shape} | {seq}
         while any(s % prime == 0 for s in sizes if s):
             prime = PRIMES[PRIMES.index(prime) + 1]
-            loaded = load(source, batch=prime, seq=seq, precision=precision, sample=sample)
+            loaded = read(source, batch=prime, seq=seq, precision=precision, sample=sample)
         ops.register_flops()
         with ops.traceable(loaded.module):
             return _trace_loaded(loaded, seq, precision, Batch(prime))

@@ -256,9 +256,6 @@ def _notes(plan: Plan) -> str:
 
 
 def _next(saved: str, plan: Plan) -> str:
-    if plan.not_run:
-        text = f"emit and apply do not run {', '.join(plan.not_run)} yet: add --runnable for the best of what they run"
-        return "\n".join(["Next", *_paragraph(text, "  ")])
     if saved:
         return f"Saved {saved}    Next: meshwright emit {saved} -o run"
     return "Next: add -o plan.json, then: meshwright emit plan.json -o run"

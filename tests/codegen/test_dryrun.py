@@ -48,7 +48,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelGraph]:
 
 
 def planned(graph: ModelGraph, fix: str, batch: int = 32) -> Plan:
-    made = plan(graph, "8xH100-SXM", global_batch=batch, seq=SEQ, fix=parse_fix(fix), runnable=True)
+    made = plan(graph, "8xH100-SXM", global_batch=batch, seq=SEQ, fix=parse_fix(fix))
     assert isinstance(made, Plan), made
     return made
 
@@ -187,7 +187,7 @@ def test_shapes_that_do_not_fit_name_the_module(piped: Plan) -> None:
 def test_experts_in_fp32(graphs: dict[str, ModelGraph]) -> None:
     """Grouped products, whose fake kernel refuses fp32, run in it."""
     graph = trace(graphs["two-kinds"].source, seq=SEQ, precision="fp32")
-    made = plan(graph, "2xcpu", global_batch=4, seq=SEQ, fix={"dp": 2, "zero": 3}, runnable=True)
+    made = plan(graph, "2xcpu", global_batch=4, seq=SEQ, fix={"dp": 2, "zero": 3})
     assert isinstance(made, Plan)
 
     assert dry_run(made, 1).peak_bytes > 0
@@ -195,7 +195,7 @@ def test_experts_in_fp32(graphs: dict[str, ModelGraph]) -> None:
 
 def test_a_model_without_a_program() -> None:
     """A model whose code around the layers is not known runs whole, on one stage."""
-    made = plan(f"{ROOT}/examples/models/unet.py:build", "8xH100-SXM", global_batch=64, seq=1, fix={"dp": 8, "zero": 2}, runnable=True)
+    made = plan(f"{ROOT}/examples/models/unet.py:build", "8xH100-SXM", global_batch=64, seq=1, fix={"dp": 8, "zero": 2})
     assert isinstance(made, Plan)
     found = dry_run(made)
 

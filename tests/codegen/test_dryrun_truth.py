@@ -273,7 +273,7 @@ class Bench:
         fix = case.layout
         if fix["pp"] > 1 or fix["dp"] > 1:
             fix["micro_batch"] = BATCH // fix["dp"] // (2 * fix["pp"])
-        made = plan(self.graphs[key], f"{case.world}xcpu", global_batch=BATCH, seq=SEQ, fix=fix, precision=case.precision, runnable=True)
+        made = plan(self.graphs[key], f"{case.world}xcpu", global_batch=BATCH, seq=SEQ, fix=fix, precision=case.precision)
         assert isinstance(made, Plan), made
         return made
 
@@ -340,7 +340,7 @@ def test_experts(tmp_path: Path) -> None:
     )  # fmt: skip
     path = tmp_path / "mixtral.json"
     path.write_text(json.dumps(config.to_dict(), default=str))
-    made = plan(str(path), "2xcpu", global_batch=8, seq=SEQ, fix={"dp": 2, "zero": 3, "micro_batch": 2}, precision="fp32", runnable=True)
+    made = plan(str(path), "2xcpu", global_batch=8, seq=SEQ, fix={"dp": 2, "zero": 3, "micro_batch": 2}, precision="fp32")
     assert isinstance(made, Plan)
     for rank, [truth] in enumerate(run(2, _on_rank, [(made, str(path))])):
         assert (truth.disagreed, truth.tracked) == (0, truth.allocated)

@@ -32,7 +32,7 @@ FIXES = [
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
     graph = trace(LLAMA, seq=32, precision="bf16")
-    made = {fix: plan(graph, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix), runnable=True) for fix in FIXES}
+    made = {fix: plan(graph, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix)) for fix in FIXES}
     assert all(isinstance(p, Plan) for p in made.values())
     return made  # type: ignore[return-value]
 
@@ -53,7 +53,7 @@ def test_script_is_short_and_stands_alone(plans: dict[str, Plan], fix: str, tmp_
 @pytest.mark.parametrize("fix", [f.replace(",recompute=full", "") for f in FIXES])
 def test_recompute_by_stage_is_a_table(fix: str, tmp_path: Path) -> None:
     """RECOMPUTE has each stage's mode and how many of its first layers have it; without it there is one mode, and no table."""
-    made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix) | {"recompute": "none"}, runnable=True)
+    made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix) | {"recompute": "none"})
     assert isinstance(made, Plan)
     layers = [s.layers[1] - s.layers[0] for s in made.solution.stages]
     stages = [{"recompute": ("full", "none", "selective")[i % 3]} | ({"recompute_layers": 1} if i == 0 else {}) for i in range(len(layers))]
@@ -90,7 +90,7 @@ print(*kind.values())
 def test_scripts_recompute_the_layers_that_the_plan_says(tmp_path: Path) -> None:
     """On each rank of a pipeline the emitted script wraps the first layers of its stage, with that stage's mode, and no others."""
     fix = {"pp": 2, "tp": 1, "dp": 1, "recompute": "none"}
-    made = plan(LLAMA, "2xcpu", global_batch=8, seq=32, fix=fix, runnable=True)
+    made = plan(LLAMA, "2xcpu", global_batch=8, seq=32, fix=fix)
     assert isinstance(made, Plan)
     stages = [{"recompute": "full", "recompute_layers": 1}, {"recompute": "selective"}]
     emit(recomputing(made, stages), tmp_path / "run")
@@ -103,15 +103,6 @@ def test_scripts_recompute_the_layers_that_the_plan_says(tmp_path: Path) -> None
     assert [x.returncode for x in found] == [0, 0], found[0].stderr + found[1].stderr
     assert found[0].stdout.split() == ["full"] + ["none"] * (lengths[0] - 1)
     assert found[1].stdout.split() == ["selective"] * lengths[1]
-
-
-def test_what_is_not_run_yet_is_refused(tmp_path: Path) -> None:
-    """A plan with parts that emit does not run names them, and nothing is written."""
-    made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix={"cp": 2, "pp": 2, "tp": 1, "vpp": 1, "schedule": "zero-bubble"})
-    assert isinstance(made, Plan)
-    with pytest.raises(InputError, match="cp=2, schedule=zero-bubble, which apply and emit do not run yet: plan with --runnable"):
-        emit(made, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_plan_is_in_the_folder(plans: dict[str, Plan], tmp_path: Path) -> None:
@@ -140,7 +131,7 @@ def test_other_folders_are_left_alone(plans: dict[str, Plan], tmp_path: Path) ->
 
 def test_several_nodes_have_their_launcher(tmp_path: Path) -> None:
     """On two nodes, launch.sh asks for NODE_RANK and MASTER_ADDR and starts each node's ranks."""
-    made = plan(LLAMA, "2x4xH100-SXM", global_batch=16, seq=32, runnable=True)
+    made = plan(LLAMA, "2x4xH100-SXM", global_batch=16, seq=32)
     assert isinstance(made, Plan)
     emit(made, tmp_path / "run")
     text = (tmp_path / "run/launch.sh").read_text()

@@ -1,9 +1,10 @@
-"""Tiny models of four kinds, written where a test wants them: three configs of transformers and one plain factory file."""
+"""Tiny models of every family, written where a test wants them: configs of transformers and plain factory files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -13,7 +14,8 @@ from meshwright.profiling import loading
 from meshwright.profiling.graph import ModelGraph
 
 SEQ = 16
-_WIDTHS = {
+EXAMPLES = Path(__file__).parents[2] / "examples" / "models"
+_WIDTHS: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
     "vocab_size": 64, "max_position_embeddings": 32,
 }  # fmt: skip
@@ -21,6 +23,33 @@ _GPT2 = {
     "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+_ROUTED: dict[str, Any] = {**_WIDTHS, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT: dict[str, Any] = {
+    **_ROUTED, "num_key_value_heads": 8, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+_T5 = {
+    "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64, "decoder_start_token_id": 0, "dropout_rate": 0.0,
+}  # fmt: skip
+_MAMBA = {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 4, "vocab_size": 64, "time_step_rank": 4}
+# Llama has layers enough for eight stages or four of two chunks; Qwen3 a number of layers that no stages share equally
+_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("LlamaConfig", {**_WIDTHS, "num_hidden_layers": 8}, "LlamaForCausalLM"),
+    "qwen3": ("Qwen3Config", {**_WIDTHS, "num_hidden_layers": 5, "head_dim": 8}, "Qwen3ForCausalLM"),
+    "mixtral": ("MixtralConfig", {**_WIDTHS, "num_local_experts": 4, "num_experts_per_tok": 2}, "MixtralForCausalLM"),
+    "qwen3-moe": ("Qwen3MoeConfig", {**_ROUTED, "num_experts": 8, "head_dim": 8}, "Qwen3MoeForCausalLM"),
+    "deepseek": ("DeepseekV3Config", _LATENT, "DeepseekV3ForCausalLM"),
+    "gpt2": ("GPT2Config", _GPT2, "GPT2LMHeadModel"),
+    "vit": ("ViTConfig", {**_ENCODER, "image_size": 16, "patch_size": 4, "num_labels": 10}, "ViTForImageClassification"),
+    "bert": ("BertConfig", {**_ENCODER, "vocab_size": 64, "max_position_embeddings": 32}, "BertForMaskedLM"),
+    "t5": ("T5Config", _T5, "T5ForConditionalGeneration"),
+    "mamba": ("MambaConfig", _MAMBA, "MambaForCausalLM"),
+}  # fmt: skip
+MODELS = (*_CONFIGS, "mixer", "unet")
 _MIXER = '''"""A tiny MLP-Mixer that sees 16 patches."""
 
 import torch
@@ -73,19 +102,19 @@ def sample(batch, seq):
 
 def write_models(folder: Path) -> dict[str, str]:
     """Writes every tiny model into `folder`; returns what names each of them to the planner."""
-    configs = {
-        "llama": (transformers.LlamaConfig(**_WIDTHS), "LlamaForCausalLM"),
-        "qwen3": (transformers.Qwen3Config(**_WIDTHS, head_dim=8), "Qwen3ForCausalLM"),
-        "gpt2": (transformers.GPT2Config(**_GPT2), "GPT2LMHeadModel"),
-    }
     sources = {}
-    for name, (config, architecture) in configs.items():
+    for name, (kind, sizes, architecture) in _CONFIGS.items():
+        config = getattr(transformers, kind)(**sizes)
         config.architectures = [architecture]
         path = folder / f"{name}.json"
         path.write_text(json.dumps(config.to_dict(), default=str))
         sources[name] = str(path)
-    (folder / "tiny_mixer.py").write_text(_MIXER)
-    return {**sources, "mixer": f"{folder / 'tiny_mixer.py'}:build"}
+    unet = (EXAMPLES / "unet.py").read_text().replace("SIDE = 64", "SIDE = 8").replace("width: int = 32", "width: int = 16")
+    for name, text in (("mixer", _MIXER), ("unet", unet)):
+        path = folder / f"tiny_{name}.py"
+        path.write_text(text)
+        sources[name] = f"{path}:build"
+    return sources
 
 
 def build(source: str) -> nn.Module:

@@ -1,4 +1,5 @@
-"""Plans compute what one process computes: loss and gradients of every kind of layout, through apply and as an emitted script."""
+"""Plans compute what one process computes: loss and every gradient of layouts drawn from the planner's own space, through apply and as an
+emitted script."""
 
 from __future__ import annotations
 
@@ -8,9 +9,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import run
-from models import SEQ, build, make_batch, write_models
+from harness import RankError, announce, run
+from matrix import BATCH, FULL, SMALL, WORLDS, Case, Matrix, cluster_of, spaces
+from models import MODELS, SEQ, build, make_batch, write_models
 
 from meshwright.codegen.apply import apply, packed_parameters
 from meshwright.codegen.emit import emit
 from meshwright.codegen.runtime.weights import gather_full
-from meshwright.planner.plan import Plan
+from meshwright.planner.plan import Layout, Plan, Stage
 from meshwright.planner.solve import plan
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.loading import main_output
 from meshwright.profiling.trace import trace
 from tests.made_plans import recomputing
 
-BATCH = 16
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 5e-6
 SEED = 3
 PER_FORK = 8  # cases that share forked ranks
@@ -39,71 +39,6 @@ for _name in ("torch.distributed.tensor._redistribute", "transformers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
 
-
-@dataclass(frozen=True)
-class Case:
-    """A model and the layout that its plan must have."""
-
-    model: str
-    tp: int = 1
-    sp: bool = False
-    pp: int = 1
-    dp: int = 1
-    zero: int = 0
-    recompute: str = "none"
-    stages: tuple[tuple[str, int], ...] = ()  # recompute of each stage, and in how many of its first layers
-
-    @property
-    def world(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    @property
-    def fix(self) -> dict[str, Any]:
-        """What the planner must not choose. Every pipeline is full, and data-parallel ranks accumulate over microbatches."""
-        fixed: dict[str, Any] = {"tp": self.tp, "sp": self.sp, "pp": self.pp, "dp": self.dp, "zero": self.zero, "recompute": self.recompute}
-        if self.pp > 1 or self.dp > 1:
-            fixed["micro_batch"] = BATCH // self.dp // (2 * self.pp)
-        return fixed
-
-    def __str__(self) -> str:
-        degrees = [f"tp{self.tp}{'sp' if self.sp else ''}"] * (self.tp > 1) + [f"pp{self.pp}"] * (self.pp > 1)
-        degrees += [f"dp{self.dp}-zero{self.zero}"] * (self.dp > 1)
-        recompute = [f"{mode}{layers}" for mode, layers in self.stages] or [self.recompute]
-        return "-".join([self.model, f"{self.world}ranks", *degrees, *recompute])
-
-
-# every kind of layout, on the fewest ranks that have it
-KINDS: list[dict[str, Any]] = [
-    *({"dp": 2, "zero": z} for z in range(4)), {"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {"tp": 2, "dp": 2, "zero": 2},
-    {"pp": 2, "dp": 2, "zero": 1}, {"pp": 2, "tp": 2, "sp": True, "dp": 2, "zero": 3},
-]  # fmt: skip
-WIDER: list[dict[str, Any]] = [
-    {"dp": 4, "zero": 1}, {"dp": 4, "zero": 3}, {"tp": 4}, {"tp": 4, "sp": True}, {"pp": 4}, {"tp": 2, "sp": True, "dp": 2, "zero": 3},
-    {"pp": 2, "dp": 2, "zero": 3}, {"dp": 8, "zero": 0}, {"dp": 8, "zero": 2}, {"tp": 4, "sp": True, "dp": 2, "zero": 1},
-    {"pp": 4, "dp": 2, "zero": 2}, *({"pp": 2, "tp": 2, "dp": 2, "zero": z} for z in range(3)),
-]  # fmt: skip
-# stages that recompute differently, or only some of their layers
-BY_STAGE: list[tuple[dict[str, Any], tuple[tuple[str, int], ...]]] = [
-    ({}, (("full", 2),)), ({"dp": 2, "zero": 3}, (("full", 1),)), ({"pp": 2}, (("full", 1), ("none", 0))),
-    ({"pp": 2}, (("selective", 2), ("none", 0))), ({"pp": 2, "dp": 2, "zero": 2}, (("none", 0), ("full", 1))),
-    ({"pp": 2, "tp": 2, "sp": True}, (("full", 1), ("selective", 2))),
-]  # fmt: skip
-
-
-def _cases() -> list[Case]:
-    """Every kind of layout for every model with and without recompute; wider ones with each recompute in turn, all of them for Llama;
-    recompute by stage in pipelines for every model."""
-    found = []
-    for turn, model in enumerate(("llama", "qwen3", "gpt2", "mixer")):
-        found += [Case(model, **layout, recompute=r) for layout in KINDS for r in ("none", "full")]
-        for i, layout in enumerate(WIDER):
-            if turn == 0 or i % 3 == turn - 1:
-                found.append(Case(model, **layout, recompute=("selective", "none", "full")[(i + turn) % 3]))
-        found += [Case(model, **layout, stages=stages) for layout, stages in BY_STAGE if turn == 0 or len(stages) > 1 and "tp" not in layout]
-    return found
-
-
-CASES = _cases()
 Found = tuple[float, dict[str, Tensor]]  # loss, and gradients by name
 Errors = tuple[float, dict[str, float]]  # of the loss, and of gradients by name
 
@@ -126,7 +61,7 @@ def _one_process(source: str, graph: ModelGraph) -> Found:
     inputs, labels = make_batch(graph, BATCH)
     out = main_output(model(**inputs))
     assert out is not None
-    loss = F.cross_entropy(out.flatten(0, -2).float(), labels.flatten())
+    loss = F.mse_loss(out, labels) if labels.is_floating_point() else F.cross_entropy(out.flatten(0, -2).float(), labels.flatten())
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
 
@@ -143,7 +78,7 @@ def _applied(made: Plan, source: str, graph: ModelGraph) -> Found:
 
 def _scripted(made: Plan, folder: Path, duplicates: bool = False) -> Found:
     """Loss and this rank's gradients of step 0 of an emitted script."""
-    for name in [n for n in sys.modules if n.split(".")[0] in ("train", "tables", "runtime", "tiny_mixer")]:
+    for name in [n for n in sys.modules if n.split(".")[0] in ("train", "tables", "runtime") or n.startswith("tiny_")]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     try:
@@ -160,92 +95,114 @@ def _references(source: str, graph: ModelGraph, made: Plan, folder: Path) -> lis
     return [(loss, {n: g.numpy() for n, g in gradients.items()}) for loss, gradients in both]
 
 
-def _on_rank(work: list[tuple[Plan, Path]], source: str, graph: ModelGraph, plain: Found, script: Found) -> list[tuple[Errors, Errors]]:
+def _on_rank(work: list[tuple[str, Plan, Path]], source: str, graph: ModelGraph, plain: Found, script: Found) -> list[tuple[Errors, Errors]]:
     """On every rank: the errors of each plan through apply and as a script."""
     found = []
-    for made, folder in work:
-        found.append((_errors(_applied(made, source, graph), plain), _errors(_scripted(made, folder), script)))
+    for name, made, folder in work:
+        announce(f"{name} through apply")
+        through_apply = _errors(_applied(made, source, graph), plain)
+        announce(f"{name} as a script")
+        found.append((through_apply, _errors(_scripted(made, folder), script)))
         gc.collect()
     return found
 
 
 class Bench:
-    """Plans, emits and runs cases, several in one fork; keeps what came out."""
+    """Draws, plans, emits and runs cases, several in one fork; keeps what came out."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, whole: bool) -> None:
         self.folder = folder
         self.sources = write_models(folder)
         self.graphs = {name: trace(source, seq=SEQ, precision="fp32") for name, source in self.sources.items()}
+        self.matrix = Matrix(spaces(self.graphs))
+        self.cases = self.matrix.full() if whole else self.matrix.small()
         self._references: dict[str, list[Found]] = {}
-        self._found: dict[Case, list[tuple[Errors, Errors]] | str] = {}
 
     def references(self, model: str) -> list[Found]:
         """Loss and gradients of one process: of the plain model, and of the one-device script."""
         if model not in self._references:
-            made, folder = self.emitted(Case(model))
+            made, folder = self.emitted(Case(model, Layout(micro_batch=BATCH)))
             [both] = run(1, _references, self.sources[model], self.graphs[model], made, folder)
             self._references[model] = [(loss, {n: torch.from_numpy(g) for n, g in gradients.items()}) for loss, gradients in both]
         return self._references[model]
 
     def emitted(self, case: Case) -> tuple[Plan, Path]:
         """The planner's own plan of a case, and the folder of its script."""
-        made = plan(self.graphs[case.model], f"{case.world}xcpu", global_batch=BATCH, seq=SEQ, fix=case.fix, runnable=True)
+        made = plan(self.graphs[case.model], cluster_of(case.world), global_batch=BATCH, seq=SEQ, fix=case.fix)
         assert isinstance(made, Plan), made
         assert all(getattr(made.layout, k) == v for k, v in case.fix.items())
         if case.stages:
-            assert all(n <= s.layers[1] - s.layers[0] for (_, n), s in zip(case.stages, made.solution.stages, strict=True))
-            made = recomputing(made, [{"recompute": mode, "recompute_layers": n if mode != "none" else None} for mode, n in case.stages])
+            made = recomputing(made, [_recompute(s, *own) for s, own in zip(made.solution.stages, case.stages, strict=True)])
         folder = self.folder / str(case)
         emit(made, folder)
         return made, folder
 
-    def errors(self, case: Case) -> list[tuple[Errors, Errors]]:
-        """Every rank's errors through apply and as a script; raises what the case raised."""
-        if case not in self._found:
-            alike = [c for c in CASES if (c.model, c.world) == (case.model, case.world) and c not in self._found]
-            group = [case, *(c for c in alike if c != case)][:PER_FORK]
+    def wrong(self, model: str, world: int) -> dict[str, str]:
+        """Runs a model's cases on so many ranks; what is wrong with each that does not compute what one process does."""
+        wrong: dict[str, str] = {}
+        references = self.references(model)
+        left = {str(c): c for c in self.cases if (c.model, c.world) == (model, world)}
+        while left:
+            group = dict(list(left.items())[:PER_FORK])
+            work = [(name, *self.emitted(c)) for name, c in group.items()]
             try:
-                self._run(group)
-            except Exception:  # of which case, only running them alone tells
-                for c in group:
-                    try:
-                        self._run([c])
-                    except Exception as e:
-                        self._found[c] = str(e)
-        found = self._found[case]
-        assert not isinstance(found, str), found
-        return found
+                ranks = run(world, _on_rank, work, self.sources[model], self.graphs[model], *references)
+            except RankError as e:
+                broken = next(name for name in group if e.doing.startswith(f"{name} "))
+                wrong[broken] = str(e)
+                del left[broken]  # and the others of its fork once more
+                continue
+            for i, name in enumerate(group):
+                said = filter(None, (self._compared(model, through, [r[i] for r in ranks]) for through in (0, 1)))
+                wrong |= {name: "; ".join(words)} if (words := list(said)) else {}
+                del left[name]
+        return wrong
 
-    def _run(self, group: list[Case]) -> None:
-        model = group[0].model
-        work = [self.emitted(c) for c in group]
-        ranks = run(group[0].world, _on_rank, work, self.sources[model], self.graphs[model], *self.references(model))
-        for i, c in enumerate(group):
-            self._found[c] = [cast("tuple[Errors, Errors]", r[i]) for r in ranks]
+    def _compared(self, model: str, through: int, ranks: list[tuple[Errors, Errors]]) -> str:
+        """What differs from one process, on any rank: the loss, gradients by name, or which gradients there are."""
+        way = ("through apply", "as a script")[through]
+        wanted = set(self.references(model)[through][1])
+        found = [r[through] for r in ranks]
+        if not max(loss for loss, _ in found) <= LOSS_TOLERANCE:
+            return f"{way}: loss differs by {max(loss for loss, _ in found):.2g}"
+        off = {n: e for _, errors in found for n, e in errors.items() if not e <= GRADIENT_TOLERANCE}
+        if off:
+            return f"{way}: gradients differ: {', '.join(f'{n} {e:.2g}' for n, e in off.items())}"
+        seen = {n for _, errors in found for n in errors}
+        seen |= {n for names in self.graphs[model].tied if seen & set(names) for n in names}
+        return f"{way}: gradients of {sorted(seen ^ wanted)} are missing or too many" if seen != wanted else ""
+
+
+def _recompute(stage: Stage, mode: str, count: int) -> dict[str, Any]:
+    layers = sum(b - a for a, b in stage.chunks or (stage.layers,))
+    return {"recompute": mode, "recompute_layers": None if mode == "none" else layers if count < 0 else min(count, layers)}
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("parity"))
+def bench(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Bench:
+    return Bench(tmp_path_factory.mktemp("parity"), request.config.getoption("--parity-full"))
 
 
-def _check(bench: Bench, case: Case, through: int) -> None:
-    ranks = [r[through] for r in bench.errors(case)]
-    assert max(loss for loss, _ in ranks) <= LOSS_TOLERANCE
-    wrong = {n: e for _, errors in ranks for n, e in errors.items() if not e <= GRADIENT_TOLERANCE}
-    assert not wrong
-    seen = {n for _, errors in ranks for n in errors}
-    seen |= {n for names in bench.graphs[case.model].tied if seen & set(names) for n in names}
-    assert seen == set(bench.references(case.model)[through][1])
+def test_cases_cover_the_space(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """All cases have every pair of choices that some layout has; the few have every family with tensor, data and, where it has a sequence of
+    layers, pipeline parallelism at once. They are the same at every run."""
+    few, every = bench.matrix.small(), bench.matrix.full()
+    assert bench.matrix.coverage(every) == 1.0
+    assert len(few) == SMALL
+    assert len(set(map(str, every))) == len(every) >= FULL
+    for model, graph in bench.graphs.items():
+        layouts = [c.layout for c in few if c.model == model]
+        assert any(x.tp > 1 and x.dp > 1 and (x.pp > 1 or graph.program is None) for x in layouts), model
+    two = {name: bench.graphs[name] for name in ("vit", "unet")}
+    assert Matrix(spaces(two)).full() == Matrix(spaces(two)).full()
+    with capsys.disabled():
+        print(f"\nparity: {len(few)} cases cover {bench.matrix.coverage(few):.1%} of {bench.matrix.coverable} pairs, {len(every)} cover all")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_apply(bench: Bench, case: Case) -> None:
-    """A model that apply sharded has the loss and every gradient of the plain model in one process."""
-    _check(bench, case, 0)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_script(bench: Bench, case: Case) -> None:
-    """An emitted script starts from the weights, and has the loss and every gradient, of the script for one device."""
-    _check(bench, case, 1)
+@pytest.mark.parametrize("world", WORLDS, ids="{}ranks".format)
+@pytest.mark.parametrize("model", MODELS)
+def test_parity(bench: Bench, model: str, world: int) -> None:
+    """Every layout drawn has the loss and every gradient of one process: a model that apply sharded, those of the plain model; an emitted
+    script, those of the script for one device, from whose weights it starts."""
+    wrong = bench.wrong(model, world)
+    assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())

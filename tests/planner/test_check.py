@@ -51,7 +51,7 @@ def just_below(result: CheckResult, bytes_: float = 2**20) -> str:
 def test_auto_is_what_plan_answers(run, tiny_llama) -> None:  # type: ignore[no-untyped-def]
     """`plan = "auto"` has the layout, the memory and the step of `meshwright plan`."""
     found = run()
-    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", runnable=True)
+    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32")
 
     assert isinstance(plan, Plan)
     assert found.status == "fits"
@@ -122,7 +122,7 @@ def some_layers(graph: ModelGraph, limit: str) -> list[float]:
     """Steps of the fixed layout with full recompute in its first one, two or three layers, where that fits."""
     cluster = parse_cluster("8xH100-SXM")
     fixed = {k: v for k, v in FIXED.items() if k != "recompute"}
-    space = Space(graph, cluster, Workload(global_batch=512, seq=32, precision="fp32"), fixed, cost_model("auto", cluster), True)
+    space = Space(graph, cluster, Workload(global_batch=512, seq=32, precision="fp32"), fixed, cost_model("auto", cluster))
     search = Search(space, parse_limit(limit, cluster.device.memory_bytes))
     (layout,) = space.layouts()
     row = search.row(layout)
@@ -165,7 +165,7 @@ def test_a_schedule_is_set_free_too(run) -> None:  # type: ignore[no-untyped-def
 
 def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Cluster, batch, sequence and layout come from the plan; a plan of another model is a warning."""
-    plan = solve(tiny_llama, "4xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"recompute": "full", "tp": 2}, runnable=True)
+    plan = solve(tiny_llama, "4xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"recompute": "full", "tp": 2})
     assert isinstance(plan, Plan)
     plan.save(tmp_path / "plan.json")
     found = run(plan=str(tmp_path / "plan.json"), cluster=None, batch=None, seq=None, precision=None)
@@ -186,7 +186,7 @@ def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Pa
 def test_a_saved_plan_is_offered_another_tensor_parallelism(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Its loss is not held apart from its degrees, which settle how it is computed: tp = 1 has a plain one, tp > 1 shards of it."""
     fix = {"tp": 4, "pp": 1, "zero": 1, "recompute": "none", "micro_batch": 64}
-    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", fix=fix, runnable=True)
+    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", fix=fix)
     assert isinstance(plan, Plan)
     plan.save(tmp_path / "plan.json")
     keys = {"plan": str(tmp_path / "plan.json"), "cluster": None, "batch": None, "seq": None, "precision": None}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, MixtralConfig
 
 from meshwright.costmodel import schedules
-from meshwright.costmodel.layouts import SCHEDULES, V_SHAPED, Layouts
+from meshwright.costmodel.layouts import SCHEDULES, SPLIT, V_SHAPED, Layouts
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.plan import Layout, Workload
 from meshwright.planner.search import Search
@@ -177,10 +177,12 @@ def every_layout(space: Space) -> set[Layout]:
                     s = schedules.find(name)
                     for v in range(1, MOST_CHUNKS + 1):
                         right = v == 1 if pp == 1 else s.vpp[0] <= v <= (s.vpp[1] or v) and pp * v <= layers and m >= s.least(pp)
-                        right = right and not (pp > 1 and s.shape == "loop" and v > 1 and m % pp)
-                        if right and not (name == "gpipe" and fixed.get("schedule") != name):
+                        right = right and not (pp > 1 and s.shape == "loop" and s.rounds and v > 1 and m % pp)
+                        if right and not (name in ("gpipe", "looped-bfs") and fixed.get("schedule") != name):
                             pipes.append((name if pp > 1 else "1f1b", v))
                 for (zero, r), loss, offload, (schedule, v) in product(zeros, losses, away, dict.fromkeys(pipes)):
+                    if schedule in SPLIT and (zero >= 2 or fixed.get("recompute", "none") not in ("none", "by stage")):
+                        continue
                     x = Layout(
                         tp=tp, sp=sp, cp=cp, cp_kind=kind, pp=pp, vpp=v, dp=dp, zero=zero, replicas=r, ep=ep, etp=etp, micro_batch=mb,  # type: ignore[arg-type]
                         schedule=schedule, loss=loss, state_dtype=fixed.get("state_dtype", "fp32"), offload=offload,  # type: ignore[arg-type]
@@ -208,8 +210,8 @@ def every_cut(search: Search, layout: Layout) -> list[tuple[float, float]]:
         sizes = [sum(b - a for a, b in chunks) for chunks in held]
         options = [
             [Choice(0, 0), Choice(1, k), *(Choice(2, i) for i in range(1, k + 1))]
-            if search.modes == (0, 1, 2)
-            else [Choice(search.modes[0], 0 if search.modes[0] == 0 else k)]
+            if search.modes == (0, 1, 2) and layout.schedule not in SPLIT
+            else [Choice(search.modes[0], k) if search.modes[0] in (1, 2) else Choice(0, 0)]
             for k in sizes
         ]
         for choices in product(*options):

@@ -84,13 +84,17 @@ def with_op(graph: ModelGraph, name: str, **changes: Any) -> ModelGraph:
     return graph.model_copy(update={"blocks": tuple(blocks)})
 
 
-def test_an_op_without_a_rule_is_named(tiny_llama: ModelGraph) -> None:
-    """An unknown op on a path with gradients makes the model not shardable, with a sentence; on one rank it does not matter."""
+@pytest.mark.parametrize("sp", [False, True])
+def test_an_op_without_a_rule_is_computed_whole_and_named(tiny_llama: ModelGraph, sp: bool) -> None:
+    """An unknown op on a path with gradients takes and makes whole values on every rank; what is around it is still split."""
     silu = next(op.name for op in tiny_llama.blocks[1].ops if op.target == "aten.silu.default")
     graph = with_op(tiny_llama, silu, target="aten.foo.default", kind="unknown")
-    with pytest.raises(NotShardable, match=r"^no sharding rule for aten\.foo in model\.layers\.0\.mlp\.act_fn$"):
-        shard_model(graph, 2, True)
-    assert len(shard_model(graph, 1, False)) == 3
+    layer = layer_of(graph, 2, sp)
+    assert layer.unknown == ("aten.foo in model.layers.0.mlp.act_fn",)
+    assert (layer.operands[silu], layer.states[silu]) == (("I",), "I")
+    assert silu not in layer.divided
+    assert layer.params["self_attn.q_proj.weight"] == "S0"
+    assert not any(b.unknown for b in shard_model(graph, 1, False))
 
 
 def test_an_op_without_a_rule_or_gradient_is_computed_whole(tiny_llama: ModelGraph) -> None:

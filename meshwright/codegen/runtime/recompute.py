@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from .context import in_ring, keeping
+
 _KEPT_NAMES = (
     "aten.mm aten.addmm aten.bmm aten.baddbmm aten.convolution aten._grouped_mm aten._scaled_dot_product_flash_attention "
     "aten._scaled_dot_product_flash_attention_for_cpu aten._scaled_dot_product_efficient_attention "
     "aten._scaled_dot_product_cudnn_attention _c10d_functional.all_reduce _c10d_functional.reduce_scatter_tensor "
-    "_c10d_functional.reduce_scatter_single"
+    "_c10d_functional.reduce_scatter_single _c10d_functional.all_to_all_single"
 )
 
 
@@ -35,7 +37,7 @@ def recompute(layer: nn.Module, mode: str) -> None:
         kept = _kept()
 
         def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+            return CheckpointPolicy.MUST_SAVE if op in kept and not in_ring() else CheckpointPolicy.PREFER_RECOMPUTE
 
-        extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+        extra["context_fn"] = lambda: keeping(create_selective_checkpoint_contexts(policy))
     layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **extra)  # type: ignore[method-assign]

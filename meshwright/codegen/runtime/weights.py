@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .tensor_parallel import pack, unpack
+from .shards import boxes, local
+from .tensor_parallel import unpack
 
 
 def blank(model: nn.Module) -> nn.Module:
@@ -53,23 +54,25 @@ def fill(
 
 
 @torch.no_grad()
+def remake_buffers(stage: nn.Module, template: nn.Module, init: Callable[[nn.Module], None], device: torch.device) -> None:
+    """Fills the buffers of `stage` (the model's own paths, allocated) that no file holds, such as rotary frequencies, as the model's code does.
+
+    `template` has the whole model on meta; `init` initialises one module.
+    """
+    for path, module in stage.named_modules():
+        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        if names:
+            made = copy.deepcopy(template.get_submodule(path)).to_empty(device=device).apply(init)
+            for name in names:
+                copy_shard(module.get_buffer(name), made.get_buffer(name))
+
+
+@torch.no_grad()
 def copy_shard(target: Tensor, full: Tensor, packed: tuple[int, int] | None = None) -> None:
-    """Copies this rank's part of `full` into `target`, a plain tensor or a DTensor over (replicate, shard, tp) or part of it."""
-    if not isinstance(target, DTensor):
-        target.copy_(full)
-        return
-    mesh, names = target.device_mesh, target.device_mesh.mesh_dim_names or ()
-    # tensor-parallel shards are cut first; FSDP shards dimension 0 of what is left
-    for i in sorted(range(mesh.ndim), key=lambda i: names[i] != "tp" if names else i):
-        if target.placements[i].is_replicate():
-            continue
-        dim = target.placements[i].dim  # type: ignore[attr-defined]
-        if packed is not None and names[i] == "tp":
-            full = pack(full, *packed, mesh.size(i))
-        parts = full.chunk(mesh.size(i), dim)
-        rank = mesh.get_local_rank(i)
-        full = parts[rank] if rank < len(parts) else full.narrow(dim, 0, 0)
-    target.to_local().copy_(full)
+    """Copies this rank's part of `full` into `target`, a plain tensor or a DTensor."""
+    into = local(target)
+    for box in boxes(target, packed):
+        into[box.local].copy_(full[box.whole])
 
 
 @torch.no_grad()
@@ -79,6 +82,7 @@ def gather_full(p: Tensor, packed: tuple[int, int] | None = None) -> Tensor:
         return p.detach()
     mesh = p.device_mesh
     full: Tensor = p.detach().full_tensor()  # type: ignore[attr-defined]
-    if packed is not None and "tp" in (mesh.mesh_dim_names or ()):
-        full = unpack(full, *packed, mesh["tp"].size())
+    for i, name in enumerate(mesh.mesh_dim_names or ()):
+        if packed is not None and name in ("tp", "etp") and p.placements[i].is_shard(packed[0]):
+            full = unpack(full, *packed, mesh.size(i))
     return full
