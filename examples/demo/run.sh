@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What meshwright does, in two minutes: a plan for a model that needs 64 GPUs, then a plan that runs here.
+# What meshwright does, in two minutes: a plan for a model that needs 64 GPUs, then plans that run here, one with generated kernels.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
@@ -34,3 +34,11 @@ print(f"largest relative difference: {worst:.1e}")
 if worst > 1e-4:
     sys.exit("the losses of the two layouts differ")
 PY
+
+printf '\nAnd with generated kernels on two ranks. Without a GPU they run in Triton'\''s interpreter: right, and slow.\n'
+run meshwright plan examples/models/tiny-llama.json --global-batch 4 --seq 32 --cluster 2xcpu --fix tp=2,micro_batch=4 --kernels auto \
+  -o "$work/kernels.json" >/dev/null
+printf '\n$ meshwright kernels show kernels.json | head\n'
+meshwright kernels show "$work/kernels.json" >"$work/kernels.txt"
+sed -n 1,10p "$work/kernels.txt"
+run meshwright run "$work/kernels.json" --steps 3

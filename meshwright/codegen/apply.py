@@ -143,7 +143,9 @@ class Parallel:
     def clip_gradients(self, most: float) -> Tensor:
         """Scales the gradients to a norm of at most `most` over the whole model; returns the norm that they had."""
         x = self.plan.layout
-        return clip_gradients(self.parameters(), most, x.devices // x.pp, shared=held_twice(self.parts, self.tied))
+        lists = tuple(f".{e.module}.{e.listed}." for e in self.plan.solution.experts if e.listed)
+        apart = [p for n, p in self.named_parameters() if any(path in f".{n}" for path in lists)]
+        return clip_gradients(self.parameters(), most, x.devices // x.pp, shared=held_twice(self.parts, self.tied), apart=apart, ep=x.ep)
 
     def _own_tokens(self, x: Tensor, what: ModelInput | None) -> Tensor:
         """Of whole samples, the tokens that a context-parallel rank holds."""

@@ -112,7 +112,8 @@ class _Writer:
             "parallelize": indent("\n".join(self._parallelize()), " " * 4), "data": "\n".join(self._data()),
             "start": indent("\n".join(self._start()), " " * 8), "step": indent("\n".join(self._step()), " " * 8), "loss": self._loss(),
             "schedule": SCHEDULES[x.schedule].__name__, "streamed": self.streamed, "optimizer": self._optimizer(),
-            "shared": ", shared=held_twice(trainer.parts, TIED)" if self.ties else "",
+            "shared": (", shared=held_twice(trainer.parts, TIED)" if self.ties else "") + (", apart=apart, ep=EP" if self._lists else ""),
+            "lists": literal(self._lists) if self._lists else "",
         }  # fmt: skip
 
     def _summary(self) -> str:
@@ -199,6 +200,11 @@ class _Writer:
             rows = [f"**dict.fromkeys({as_range(g.layers)}, LAYER_{i})" for i, g in enumerate(groups)]
             out.append(f"LAYER_TABLES = {{{', '.join(rows)}}}")
         return "\n".join([*out, *table("OUTSIDE", s.module_shardings)])
+
+    @property
+    def _lists(self) -> list[str]:
+        """Parts of the names of listed experts' parameters."""
+        return sorted({f".{e.module}.{e.listed}." for e in self.experts if e.listed})
 
     def _expert_table(self) -> str:
         if not self.experts:

@@ -32,11 +32,13 @@ class Sites:
             if call.module in inlined:
                 continue
             for path, v in call.outputs.items():
+                if path and not path.isdigit():
+                    continue  # inside a structure other than a tuple, where nothing converts it
                 self.made_by[_canonical(v)].append((call.module, path))
             returned = set(call.outputs.values())
             for path, v in call.inputs.items():
-                if v in returned:
-                    continue  # it hands its argument on: a conversion would leak to whoever takes it next
+                if v in returned or "." in path:
+                    continue  # it hands its argument on, and a conversion would leak to whoever takes it next; or it is inside a structure
                 self.taken_by[_canonical(v)].setdefault(call.module, path)
 
     def home(self, v: str) -> str:

@@ -64,21 +64,29 @@ def _answer(plan: Plan, found: DryRun) -> str:
         fits = f"does not fit: {gib(needed - m.capacity)} more than the device's {gib(m.capacity)}"
     where = f"in {found.phase} of {found.module}" if found.module else PHASES.get(found.phase, f"in {found.phase}")
     site = f", {found.site}" if found.site else ""
-    first, last = found.layers
-    layers = f"layers {first} to {last - 1}" if last > first else "no layers"
+    held = found.layers_held
+    layers = f"layers {', '.join(_span(c) for c in found.chunks)}" if held else "no layers"
     ran = "every layer and microbatch was run"
-    if found.layers_run < last - first or found.microbatches_run < found.microbatches:
-        ran = f"run with {found.layers_run} of {last - first} layers and {found.microbatches_run} of {found.microbatches} microbatches, extrapolated"
+    if found.layers_run < held or found.microbatches_run < found.microbatches:
+        ran = f"run with {found.layers_run} of {held} layers and {found.microbatches_run} of {found.microbatches} microbatches, extrapolated"
+    host = f"besides {gib(found.host_bytes)} of optimizer state in the host's memory" if found.host_bytes else ""
+    script = f"the script {found.script}/train.py" if found.script else ""
     lines = [f"Peak  {gib(found.peak_bytes)} live on rank {found.rank} of {x.devices}; {fits}"]
     reserved = reserved_bytes(plan, found.stage)
     for text in (
         f"with the {gib(reserved)} that the plan reserves for driver and allocator: {gib(needed)}" if reserved else "",
+        host,
+        script,
         f"{where}: {found.op}{site}",
         f"{plan.model.name}, stage {found.stage} of {x.pp}, {layers}; {x}",
         f"{ran}; {found.seconds:.1f} s",
     ):
         lines += _paragraph(text, "      ") if text else []
     return "\n".join(lines)
+
+
+def _span(chunk: tuple[int, int]) -> str:
+    return f"{chunk[0]}" if chunk[1] == chunk[0] + 1 else f"{chunk[0]} to {chunk[1] - 1}"
 
 
 def _waterfall(plan: Plan, found: DryRun) -> str:

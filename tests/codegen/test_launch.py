@@ -227,7 +227,7 @@ def some_layouts(space: Space, count: int) -> list[Layout]:
             kept.append(x)
             seen |= values
     plain = [x for x in every if x.pp == x.cp == x.etp == 1 and (x.ep > 1 or x.tp == 1 or space.moe is None)]
-    return [*kept, *every[: count - len(kept)], *plain[:count]]
+    return [*kept, *every[:count], *plain[:count]]
 
 
 def plan_with(space: Space, x: Layout) -> Plan:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from meshwright.planner.plan import Layout
 from meshwright.planner.solve import prepare
-from meshwright.planner.space import CHOICES, FIXABLE, RUNS, Space
+from meshwright.planner.space import CHOICES, FIXABLE, Space
 from meshwright.profiling.cluster import Cluster, Host, parse_cluster
 from meshwright.profiling.graph import ModelGraph
 
@@ -177,7 +177,7 @@ def _asked(space: Space, usual: Iterable[Layout]) -> Iterator[tuple[Layout, tupl
     seen = {(key, getattr(x, key)) for x in usual for key in CHOICES}
     for key in (k for k in CHOICES if k != "recompute"):
         for name in CHOICES[key]:
-            if (key, name) not in seen and name in RUNS.get(key, CHOICES[key]):
+            if (key, name) not in seen:
                 yield from ((x, modes) for x, modes in _layouts(space.holding({key: name})).items() if getattr(x, key) == name)
 
 

@@ -84,7 +84,7 @@ def planned(graph: ModelGraph, world: int, **fix: Any) -> Plan:
     ("model", "fix", "words"),
     [
         ("unet", {"pp": 2}, "no layout of 4 devices has pp=2: the model has no list of layers that it walks in order"),
-        ("t5", {"pp": 2}, "no layout of 4 devices has pp=2: the model has 2 lists of layers"),
+        ("t5", {"pp": 2}, "no layout of 4 devices has pp=2: the model has no list of layers that it walks in order"),
         ("vit", {"tp": 2, "sp": True}, "no layout of 4 devices has tp=2, sp=True: tp=2 with sp: a sequence of 17 is not divisible by 2"),
         ("mamba", {"cp": 2}, "no layout of 4 devices has cp=2: backbone.layers.0 has no attention that would join the parts"),
         ("gpt2", {"ep": 2}, "no layout of 4 devices has ep=2: the model has no experts that can be told apart"),

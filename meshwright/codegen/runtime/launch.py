@@ -50,7 +50,7 @@ def stopping_together() -> Iterator[None]:
     try:
         yield
     except Refused as e:
-        watch.left.set()
+        watch.stop()
         raise SystemExit(str(e)) from None
     except RuntimeError as e:
         causes = _causes(e)
@@ -59,7 +59,7 @@ def stopping_together() -> Iterator[None]:
             raise
         watch.say_who_is_gone(reason.splitlines()[0])
         raise SystemExit(1) from None
-    watch.left.set()
+    watch.stop()
     dist.destroy_process_group()
 
 
@@ -98,6 +98,11 @@ class _Watch(threading.Thread):
             sys.stdout.flush()
             os._exit(1)
 
+    def stop(self) -> None:
+        """Ends the watch; a thread that is in the store when the interpreter ends would abort it."""
+        self.left.set()
+        self.join()
+
     def say_who_is_gone(self, reason: str) -> None:
         """The first rank to notice calls the roll and tells who did not answer."""
         try:
@@ -117,6 +122,7 @@ class _Watch(threading.Thread):
         with contextlib.suppress(RuntimeError):
             self.store.set("said", "1")
             time.sleep(2 * POLL_S)  # the store may be this rank's: the others read it first
+        self.join()
 
 
 def _stop(sentence: str) -> None:

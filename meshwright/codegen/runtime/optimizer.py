@@ -56,23 +56,26 @@ class Streamed:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], most: float, ranks: int, group: Any = None, shared: Iterable[nn.Parameter] = ()) -> Tensor:
-    """Scales gradients to a norm of at most `most` over all stages; returns the norm that they had.
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], most: float, ranks: int, *, shared: Iterable[nn.Parameter] = (), apart: Iterable[nn.Parameter] = (),
+    ep: int = 1,
+) -> Tensor:  # fmt: skip
+    """Scales gradients to a norm of at most `most` over all stages; returns the norm that they had. Collective over all ranks.
 
-    `ranks` hold one stage and all stages are `group` together; a gradient counts once, however many of them hold the same part of it.
-    `shared`: parameters that another stage holds too and counts.
+    `ranks` hold one stage; a gradient counts once, however many of them hold the same part of it. `shared`: parameters that another stage
+    holds too and counts. `apart`: parameters of listed experts, of which each of `ep` ranks has its own.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    skipped = {id(p) for p in shared}
+    skipped, alone = {id(p) for p in shared}, {id(p) for p in apart}
     total = torch.zeros((), device=parameters[0].device if parameters else None)
     for p in parameters:
         g = p.grad
         assert g is not None
         local, held = (g.to_local(), _parts(g)) if isinstance(g, DTensor) else (g, 1)
         if id(p) not in skipped:
-            total += local.float().square().sum() * (held / ranks)
+            total += local.float().square().sum() * (held * (ep if id(p) in alone else 1) / ranks)
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total, group=group)
+        torch.distributed.all_reduce(total)
     norm = total.sqrt()
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
     for p in parameters:
