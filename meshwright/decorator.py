@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -17,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.codegen.apply import apply
+from meshwright.codegen.kernels.planned import with_kernels
 from meshwright.construction import Construction, construct, kept_rng, materialise
 from meshwright.decorated import LOSSES, InDryRun, InProcess, OnRanks, Parallelized
 from meshwright.planner import frontier
 from meshwright.planner.plan import Plan, Workload
-from meshwright.planner.solve import Infeasible, parse_limit, prepare
+from meshwright.planner.solve import Infeasible, cost_model, parse_limit, prepare
 from meshwright.planner.solve import plan as solve
 from meshwright.profiling.cluster import Cluster, parse_cluster
 from meshwright.profiling.errors import InputError
@@ -134,6 +134,7 @@ def _make(options: Options, subject: Subject) -> nn.Module:
             raise refusal
         log.warning("%s", refusal)
         return InProcess(None, subject.build(), lambda: graph(found.workload), own_loss(subject.template), str(refusal))
+    found = _with_kernels(options, found, graph)
     _matches(found, subject, ranks if ranks > 1 or options.cluster is None else options.cluster.size)
     if ranks == 1 or dist.get_rank() == 0:
         step, peak = found.prediction.step_s.p50, found.prediction.memory_bytes.peak
@@ -151,8 +152,7 @@ def _make(options: Options, subject: Subject) -> nn.Module:
     if ranks == 1:
         return InProcess(found, model, again, loss)
     model.float()  # the plan's fp32 copy, which optimizers update
-    extra: dict[str, Any] = {"kernels": options.kernels} if "kernels" in inspect.signature(apply).parameters else {}
-    parallel = apply(found, model, loss=loss, **extra)
+    parallel = apply(found, model, loss=loss)
     if subject.made is not None:
         materialise(parallel, subject.made, from_first(torch.initial_seed()))
     return OnRanks(parallel, subject.template, again)
@@ -172,6 +172,20 @@ def _plan(options: Options, template: nn.Module, cluster: Cluster, graph: Callab
     found = frontier.plan_for(options.objective, prepare(graph(w), cluster, **asked))  # type: ignore[arg-type]
     assert not isinstance(found, frontier.TooSlow)  # there is no deadline
     return found
+
+
+def _with_kernels(options: Options, plan: Plan, graph: Callable[[Workload], ModelGraph]) -> Plan:
+    """The plan with the kernels that were asked for: its own, none, those that the cost model chooses, or some of these by name."""
+    if options.kernels == "auto":
+        return plan
+    chosen = with_kernels(plan, graph(plan.workload), cost_model("auto", plan.cluster)) if options.kernels != "off" else plan
+    known = {k.name: k for k in chosen.solution.kernels}
+    names = () if options.kernels == "off" else tuple(known) if options.kernels == "on" else options.kernels
+    unknown = next((n for n in names if n not in known), None)
+    if unknown is not None:
+        raise InputError(f"the plan has no kernel {unknown!r}: it has {', '.join(known) or 'none'}")
+    kept = tuple(k for k in chosen.solution.kernels if k.name in names)
+    return chosen.model_copy(update={"solution": chosen.solution.model_copy(update={"kernels": kept})})
 
 
 def _traced(options: Options, template: nn.Module, workload: Workload) -> ModelGraph:
@@ -241,8 +255,8 @@ def _options(
         raise InputError(f"memory_limit is a share like 0.95 or bytes like '76GiB', not {type(memory_limit).__name__}")
     limit = f"{memory_limit * 100:.6f}%" if share else str(memory_limit)
     parse_limit(limit, float("inf"))
-    if kernels not in ("auto", "off") and not (isinstance(kernels, tuple | list) and all(isinstance(k, str) for k in kernels)):
-        raise InputError(f"kernels is 'auto', 'off' or a tuple of names, not {kernels!r}")
+    if kernels not in ("auto", "on", "off") and not (isinstance(kernels, tuple | list) and all(isinstance(k, str) for k in kernels)):
+        raise InputError(f"kernels is 'auto', 'on', 'off' or a tuple of names, not {kernels!r}")
     if on_infeasible not in ON_INFEASIBLE:
         raise InputError(f"on_infeasible {on_infeasible!r} is not known: it is one of {', '.join(ON_INFEASIBLE)}")
     return Options(

@@ -327,7 +327,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"memory_limit": 1.5}, "is not a share of the device"),
     ({"memory_limit": "much"}, "memory limit 'much' is neither"),
     ({"memory_limit": None}, "memory_limit is a share like 0.95"),
-    ({"kernels": 3}, "kernels is 'auto', 'off' or a tuple of names"),
+    ({"kernels": 3}, "kernels is 'auto', 'on', 'off' or a tuple of names"),
     ({"on_infeasible": "ignore"}, "on_infeasible 'ignore' is not known"),
     ({"module": NeedsValues, "sample": torch.zeros(4, 4)}, "NeedsValues cannot be constructed without its memory"),
 ]  # fmt: skip
@@ -419,6 +419,29 @@ def test_ranks_compute_what_one_process_does(name: str, world: int, fix: dict[st
         assert loss <= LOSS_TOLERANCE
         assert gradient <= GRADIENT_TOLERANCE
         assert output <= 1e-5
+
+
+def _fused(made: Plan) -> dict[str, tuple[tuple[str, ...], float]]:
+    """On a rank: the kernels in the plan, and the loss with them, by what was asked for."""
+    found = {}
+    for kernels in ("off", "on", "auto"):
+        parallel = parallelize(_model("llama"), plan=made, kernels=kernels)
+        count = BATCH // made.layout.dp
+        mine = slice(parallel.data_parallel_rank * count, (parallel.data_parallel_rank + 1) * count)
+        sample = {k: v[mine] for k, v in _batch().items()}
+        loss = parallel.train_step((sample["ids"],), sample["labels"]).item()
+        found[kernels] = tuple(k.name for k in parallel.plan.solution.kernels), loss
+    return found
+
+
+def test_kernels_are_those_that_were_asked_for() -> None:
+    """None with "off", those that the cost model chooses with "on", those of the plan with "auto"; the loss is the same."""
+    made = _plan(_model("llama"), 2, tp=2, sp=True)
+    for found in run(2, _fused, made):
+        assert found["off"] == found["auto"]
+        assert found["off"][0] == ()
+        assert {"swiglu", "vocab"} <= {n.partition("_")[0] for n in found["on"][0]}
+        assert found["on"][1] == pytest.approx(found["off"][1], rel=1e-6)
 
 
 def _constructed(name: str, made: Plan | None, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Dry run against truth: 20 small programs on 1 to 4 gloo ranks, each run for real with every allocation recorded.
+"""Dry run against truth: small programs on 1 to 4 gloo ranks, each run for real with every allocation recorded.
 
 Three peaks of a training step must be the same number of bytes, on every rank:
 
@@ -45,9 +45,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 from harness import run
 from models import SEQ, build, write_models
 
-from meshwright.codegen import dryrun
+from meshwright.codegen import measured as measuring
 from meshwright.codegen.apply import apply
-from meshwright.codegen.dryrun import dry_run, track
+from meshwright.codegen.dryrun import dry_run
+from meshwright.codegen.measured import program_of, track
 from meshwright.codegen.tracker import Tracker, storages_of
 from meshwright.planner.plan import Plan
 from meshwright.planner.solve import plan
@@ -72,12 +73,13 @@ class Case:
 
     @property
     def layout(self) -> dict[str, Any]:
-        return {"tp": 1, "sp": False, "pp": 1, "dp": 1, "zero": 0, "recompute": "none", **dict(self.fix)}
+        plain = {"tp": 1, "sp": False, "cp": 1, "pp": 1, "vpp": 1, "dp": 1, "zero": 0, "recompute": "none", "loss": "plain"}
+        return {**plain, "schedule": "1f1b", "replicas": 1, **dict(self.fix)}
 
     @property
     def world(self) -> int:
         x = self.layout
-        return int(x["tp"] * x["pp"] * x["dp"])
+        return int(x["tp"] * x["cp"] * x["pp"] * x["dp"])
 
     def __str__(self) -> str:
         return "-".join([self.model, self.precision, *(f"{k}{v}" for k, v in self.fix)])
@@ -94,6 +96,9 @@ CASES = [
     case("llama", pp=2), case("mixer", pp=2, recompute="full"), case("llama", "bf16", dp=2, zero=3),
     case("llama", tp=2, sp=True, dp=2, zero=1), case("gpt2", pp=2, dp=2, zero=2), case("qwen3", pp=2, tp=2, sp=True, recompute="full"),
     case("llama", pp=4), case("mixer", tp=2, dp=2, zero=3, recompute="selective"), case("llama", "bf16", pp=2, dp=2, zero=1),
+    case("llama", pp=2, vpp=2, schedule="interleaved"), case("llama", pp=2, vpp=2, schedule="zbv"), case("llama", pp=2, schedule="zero-bubble"),
+    case("llama", pp=2, vpp=2, schedule="dualpipev"), case("llama", dp=4, zero=2, replicas=2), case("llama", loss="chunked"),
+    case("mixtral", dp=2, zero=1, ep=2), case("llama", cp=2, cp_kind="ring"), case("llama", cp=2, cp_kind="ulysses", recompute="selective"),
 ]  # fmt: skip
 # The mixer's head has 10 rows of 32 and a bias: 5 on a tensor-parallel rank, 3 and 2 on its two data-parallel ones. The rank with 2 has
 # both moments of a row less; the parameter itself is padded.
@@ -189,8 +194,8 @@ def _on_rank(work: list[tuple[Plan, str]]) -> list[Truth]:
 def _truth(made: Plan, source: str) -> Truth:
     Recorded.made.clear()
     parallel = apply(made, build(source), device="cpu")
-    with mock.patch.object(dryrun, "Tracker", Recorded):
-        measured = track(parallel)
+    with mock.patch.object(measuring, "Tracker", Recorded):
+        measured = track(program_of(parallel))
     [tracker] = Recorded.made
     return _replay(tracker, _disable_profiler().experimental_event_tree(), int(sum(measured.peak[1].values())))
 

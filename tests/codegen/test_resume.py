@@ -135,6 +135,20 @@ def test_training_goes_on_from_the_last_whole_checkpoint(scripts: dict[str, Path
     assert after == pytest.approx({i: wanted[i] for i in after}, rel=1e-5)
 
 
+def test_ranks_run_on_the_devices_of_the_plan(scripts: dict[str, Path], tmp_path: Path) -> None:
+    """With a rank map, the process that torchrun starts on a device is the rank that the plan puts there; losses stay the same."""
+    made = Plan.load(scripts["pp2-tp2"] / "plan.json")
+    order = (2, 3, 1, 0)
+    emit(made.model_copy(update={"solution": made.solution.model_copy(update={"rank_map": order})}), tmp_path / "mapped")
+    plain = launch(scripts["pp2-tp2"], "--steps", "2")
+    wanted = losses(scripts["pp2-tp2"])
+    found = launch(tmp_path / "mapped", "--steps", "2")
+
+    assert [code for code, _ in (*plain, *found)] == [0] * 2 * RANKS, found
+    assert losses(tmp_path / "mapped") == pytest.approx(wanted, rel=1e-6)
+    assert [i for i, (_, said) in enumerate(found) if "step 0" in said] == [order[0]]
+
+
 def killed_in_third_step(rank: int) -> None:
     import train
 
