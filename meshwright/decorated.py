@@ -62,10 +62,9 @@ class Parallelized(nn.Module):
     def explain(self, question: str | Mapping[str, Any] | Layout | None = None) -> str:
         """Why the plan is as it is; or, with a choice like "tp=2" or another layout, what that would cost or why it is not possible."""
         from meshwright.planner.explainrun import Explanation, answer, found_in, side, words
-        from meshwright.planner.frontier import held_of
         from meshwright.planner.search import Search
         from meshwright.planner.solve import cost_model
-        from meshwright.planner.space import Space, parse_fix
+        from meshwright.planner.space import Space, held_of, parse_fix
         from meshwright.report.explain import render_explanation
         from meshwright.report.terminal import render_plan
 

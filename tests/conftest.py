@@ -10,16 +10,12 @@ if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; it must be told before torch is imported
 
 import pytest
+from tiny import SEQ, TINY
 from transformers import LlamaConfig
 
 from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.trace import trace
 
-TINY = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "vocab_size": 256, "max_position_embeddings": 128,
-}  # fmt: skip
-SEQ = 32
 # Files that take longest come first, so that two workers end at the same time
 LONGEST = ("planner/test_search.py", "costmodel/test_memory.py", "parity/test_parity.py", "codegen/test_dryrun.py", "codegen/test_dryrun_truth.py")
 

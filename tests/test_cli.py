@@ -185,9 +185,12 @@ def test_config_that_is_not_a_model(run, tmp_path: Path) -> None:  # type: ignor
 
 def test_heads_that_tp_does_not_divide(run) -> None:  # type: ignore[no-untyped-def]
     """Such a layout is skipped, which is said; asked for alone it is refused."""
-    code, out, _ = run(*SMALL, "--cluster", "8xH100", "--json")
-    assert any("key-value heads are not divisible by 8" in r["constraint"] for r in json.loads(out)["rejected"])
-    refused(run(*SMALL, "--cluster", "8xH100", "--fix", "tp=8"), "4 key-value heads are not divisible by 8")
+    code, out, _ = run(*SMALL, "--cluster", "2x8xH100", "--json")
+    assert any("8 attention heads are not divisible by 16" in r["constraint"] for r in json.loads(out)["rejected"])
+    refused(run(*SMALL, "--cluster", "2x8xH100", "--fix", "tp=16"), "8 attention heads are not divisible by 16")
+    code, out, _ = run(*SMALL, "--cluster", "8xH100", "--fix", "tp=8", "--json")
+    assert code == 0
+    assert json.loads(out)["solution"]["kv_replicated"]  # 4 key-value heads, which ranks share
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import SEQ
 
 from meshwright import cli
 from meshwright.codegen.launch.local import Died, Ran, died, read_log
@@ -17,7 +18,6 @@ from meshwright.profiling.cluster import parse_cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
 from meshwright.report.run import render_run, run_document
-from tests.conftest import SEQ
 
 # Stands in for train.py: one line a step in log.jsonl, the peaks at the end; the rank of --dies raises before the second step
 STAND_IN = """

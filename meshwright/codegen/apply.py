@@ -46,6 +46,7 @@ from meshwright.costmodel import schedules
 from meshwright.costmodel.layouts import LOSS_CHUNKS
 from meshwright.planner.plan import Layout, ModuleSharding, Plan
 from meshwright.planner.states import parse
+from meshwright.planner.token_dims import token_dim
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelInput
 
@@ -149,10 +150,8 @@ class Parallel:
 
     def _own_tokens(self, x: Tensor, what: ModelInput | None) -> Tensor:
         """Of whole samples, the tokens that a context-parallel rank holds."""
-        dim = token_dim(what, self.plan.workload.seq) if what is not None and self.plan.layout.cp > 1 else None
-        if dim is None:
-            return x
-        return slice_tokens(x, dim, self.mesh["cp"], self.plan.layout.cp_kind)
+        dim = token_dim(what.spec, self.plan.workload.seq) if what is not None and self.plan.layout.cp > 1 else None
+        return x if dim is None else slice_tokens(x, dim, self.mesh["cp"], self.plan.layout.cp_kind)
 
     def _scaled_loss(self, output: Tensor, labels: Tensor) -> Tensor:
         if self.plan.layout.loss == "chunked":
@@ -213,11 +212,6 @@ def virtual_stage(x: Layout, rank: int, chunk: int) -> int:
 def last_rank(x: Layout) -> int:
     """The pipeline rank that holds the end of the model."""
     return 0 if x.vpp > 1 and schedules.find(x.schedule).shape == "V" else x.pp - 1
-
-
-def token_dim(what: ModelInput, seq: int) -> int | None:
-    """The dimension of an input or of labels that holds the tokens of a sample."""
-    return next((i for i, n in enumerate(what.spec.shape) if i != what.spec.batch_dim and n == seq), None)
 
 
 def _part(plan: Plan, model: nn.Module, span: tuple[int, int], recomputes: Sequence[str], mesh: Mesh) -> nn.Module:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import debug
 
-from meshwright.codegen.apply import LossFn, shard_modules, token_dim, virtual_stage
+from meshwright.codegen.apply import LossFn, shard_modules, virtual_stage
 from meshwright.codegen.runtime.context import slice_tokens
 from meshwright.codegen.runtime.mesh import Mesh
 from meshwright.codegen.runtime.pipeline import leave_out
 from meshwright.codegen.stage import ProgramStage
 from meshwright.planner.plan import Plan
+from meshwright.planner.token_dims import token_dim
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelInput
 from meshwright.profiling.loading import build_factory, build_hf, import_target
@@ -107,7 +108,7 @@ def make_examples(plan: Plan, template: nn.Module, mesh: Mesh) -> list[Example]:
 
 
 def _own_tokens(plan: Plan, x: Tensor, what: ModelInput, mesh: Mesh) -> Tensor:
-    dim = token_dim(what, plan.workload.seq) if plan.layout.cp > 1 else None
+    dim = token_dim(what.spec, plan.workload.seq) if plan.layout.cp > 1 else None
     return x if dim is None else slice_tokens(x, dim, mesh["cp"], plan.layout.cp_kind)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import jinja2
 
-from meshwright.codegen.apply import OPTIMIZERS, SCHEDULES, last_rank, packed_parameters, token_dim, uses_fsdp, virtual_stage
+from meshwright.codegen.apply import OPTIMIZERS, SCHEDULES, last_rank, packed_parameters, uses_fsdp, virtual_stage
 from meshwright.codegen.kernels.emitted import files as kernel_files
 from meshwright.codegen.kernels.planned import kernels_of
 from meshwright.codegen.stage import modules_of, split_ties, tail_of
 from meshwright.codegen.text import ProgramText, as_range, attribute, call, identifier, layer_list, literal, table, wrapped
 from meshwright.costmodel.layouts import LOSS_CHUNKS
 from meshwright.planner.plan import Plan
+from meshwright.planner.token_dims import token_dim
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import Statement
 from meshwright.version import __version__
@@ -87,6 +88,7 @@ class _Writer:
         text = ProgramText(program, piped=x.pp > 1, cp_kind=x.cp_kind, tail=self.tail) if program else None
         spans = [s.chunks or (s.layers,) for s in p.solution.stages]
         doc = "Layers [first, last), with the code before and after them on the first and last stage."
+        unshard = ["self.unshard()  # backward may come when the step has sharded it again"] if self.fsdp else []
         note = "first and last layer of each stage, the last not included" if x.vpp == 1 else "first and last layer of each rank's chunks"
         return {
             "title": wrapped(f"Trains {m.name} ({m.numel:,} parameters) on {x.devices} x {p.cluster.device.name}: {x}."),
@@ -107,7 +109,7 @@ class _Writer:
             "head_modules": literal(self._only(program.head)) if program else "",
             "inputs": text.signature if text else ", ".join(f"{identifier(i.name)}: Tensor" for i in m.inputs),
             "forward": indent("\n".join(text.lines() if text else self._whole_forward()), " " * 8),
-            "project": indent("\n".join(text.project_lines()), " " * 8) if text and self.tail else "",
+            "project": indent("\n".join([*unshard, *text.project_lines()]), " " * 8) if text and self.tail else "",
             "project_from": text.hidden if text and self.tail else "",
             "parallelize": indent("\n".join(self._parallelize()), " " * 4), "data": "\n".join(self._data()),
             "start": indent("\n".join(self._start()), " " * 8), "step": indent("\n".join(self._step()), " " * 8), "loss": self._loss(),
@@ -355,13 +357,15 @@ class _Writer:
             ]
         else:
             lines.append(f"units = {units}{literal(outside)}")
-        seeds: dict[str, str] = {}
-        for group in m.tied:
-            owners = [n.rpartition(".")[0] for n in group]
-            seeds |= {o: owners[0] for o in owners[1:] if o in outside}
+        every = sorted((*m.layer_paths, *outside), key=len, reverse=True)
+        ties: dict[str, tuple[str, str]] = {}
+        for first, *others in m.tied:
+            unit_of = {n: next((u for u in every if not u or n.startswith(f"{u}.")), "") for n in (first, *others)}
+            home = unit_of[first]
+            ties |= {n: (home, first.removeprefix(f"{home}.")) for n in others if unit_of[n] != home}
         args = ["stage.model", "template", "units", "template._init_weights", "seed", "device"]
         args += ["packed=PACKED"] if packed_parameters(self.plan) else []
-        args += [f"seeds={literal(seeds)}"] if seeds else []
+        args += [f"ties={literal(ties)}"] if ties else []
         return [*lines, *call("fill", args, 8)]
 
     def _packed(self) -> list[str]:
@@ -450,13 +454,13 @@ class _Writer:
             "inputs, labels = [x.to(self.device) for x in inputs], labels.to(self.device)",
         ]
         if x.cp > 1:
-            dims = [token_dim(i, self.plan.workload.seq) for i in m.inputs]
+            dims = [token_dim(i.spec, self.plan.workload.seq) for i in m.inputs]
             cut = f'self.mesh["cp"], "{x.cp_kind}")'
             if set(dims) == {dims[0]} and dims[0] is not None:
                 lines.append(f"inputs = [slice_tokens(x, {dims[0]}, {cut} for x in inputs]  # this rank's part of each sample")
             else:
                 lines += [f"inputs[{i}] = slice_tokens(inputs[{i}], {d}, {cut}" for i, d in enumerate(dims) if d is not None]
-            of_labels = token_dim(m.labels, self.plan.workload.seq) if m.labels is not None else None
+            of_labels = token_dim(m.labels.spec, self.plan.workload.seq) if m.labels is not None else None
             lines += [f"labels = slice_tokens(labels, {of_labels}, {cut}"] if of_labels is not None else []
         if x.pp > 1:
             lines.append(f"total = run_schedule(self.schedule, self.parts, inputs, labels, zero={x.zero})")

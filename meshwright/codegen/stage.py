@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from meshwright.codegen.runtime.context import slice_tokens
 from meshwright.codegen.runtime.mesh import Mesh
 from meshwright.codegen.runtime.pipeline import leave_out
 from meshwright.codegen.runtime.tensor_parallel import convert
+from meshwright.costmodel.layouts import BY_ROW
 from meshwright.planner.plan import Plan, StageProgram
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import Statement
@@ -54,6 +56,8 @@ class ProgramStage(nn.Module):
 
     def project(self, rows: Tensor) -> Tensor:
         """The tail of the program on some rows of what forward returned. [rows, width] -> [rows, classes]"""
+        if isinstance(self, FSDPModule):
+            self.unshard()  # backward may come when the step has sharded it again
         env: dict[str, Any] = {self.tail[0].args[0]["ref"]: rows}
         self._run(self.tail, env)
         return env[self.program.output]  # type: ignore[no-any-return]
@@ -121,9 +125,6 @@ class Chunks(nn.Module):
         self.parts = nn.ModuleList(parts)
 
 
-_BY_ROW = ("aten:_to_copy", "aten:to", "aten:mul", "aten:div")
-
-
 def modules_of(statements: Sequence[Statement]) -> list[str]:
     """Paths of the modules that statements call."""
     return [s.target.removeprefix("module:") for s in statements if s.target.startswith("module:")]
@@ -145,7 +146,7 @@ def tail_of(program: StageProgram, model: nn.Module | None = None) -> tuple[Stat
     for i, s in enumerate(tail):
         alone = len(s.args) >= 1 and isinstance(s.args[0], dict) and set(s.args[0]) == {"ref"}
         known = alone and (i == 0 or s.args[0]["ref"] in made)
-        by_row = s.target.startswith(_BY_ROW) if i else model is None or isinstance(model.get_submodule(s.target[7:]), nn.Linear)
+        by_row = s.target.startswith(BY_ROW) if i else model is None or isinstance(model.get_submodule(s.target[7:]), nn.Linear)
         if not known or not by_row:
             raise InputError(f"the loss cannot be computed in chunks: {s.target} is no projection of rows; plan with --fix loss=plain")
         made |= set(s.outputs)

@@ -14,6 +14,7 @@ STATE_DTYPES = ("fp32", "bf16")
 OFFLOADS = ("none", "optimizer")
 FREE = -1  # not chosen yet: the cost model then takes whatever is cheapest, so that its price is a lower bound
 LOSS_CHUNKS = 8  # of a chunked loss
+BY_ROW = ("aten:_to_copy", "aten:to", "aten:mul", "aten:div")  # what may stand between logits and a loss in chunks
 V_SHAPED = ("zbv", "dualpipev")
 SPLIT = ("zero-bubble", "zbv", "dualpipev")  # the gradient of the weights runs apart from that of the input
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from meshwright.costmodel.layouts import LOSSES
 from meshwright.planner.check import Figures, Setting
 from meshwright.planner.explain import enough_memory
 from meshwright.planner.plan import Workload
@@ -15,10 +16,12 @@ from meshwright.planner.space import Space, divisors
 from meshwright.profiling.cluster import Cluster, Node
 from meshwright.profiling.errors import InputError
 
-# What each part of a layout takes along: devices are tp x pp x dp, sequence parallelism needs tp, ZeRO needs dp.
+# What each part of a layout takes along: devices are tp x pp x dp, sequence parallelism needs tp, ZeRO needs dp, and whether the loss is on
+# shards of the classes is settled by tp.
 FREES = {
     "recompute": ("recompute",), "micro_batch": ("micro_batch",), "zero": ("zero",), "sp": ("sp",),
-    "tp": ("tp", "dp", "sp"), "pp": ("pp", "dp"), "schedule": ("schedule", "vpp"), "cp": ("cp", "dp"), "ep": ("ep", "etp"),
+    "tp": ("tp", "dp", "sp", "loss"), "pp": ("pp", "dp"), "schedule": ("schedule", "vpp"), "cp": ("cp", "dp"), "ep": ("ep", "etp"),
+    "loss": ("loss",), "offload": ("offload",),
 }  # fmt: skip
 MOST, FACTOR = 4096, 64  # devices that are tried, and how many times those of the check
 
@@ -55,6 +58,9 @@ def _one_free(asked: Any, workload: Workload, key: str, free: tuple[str, ...], f
     fixed = {k: v for k, v in asked.fixed.items() if k not in free}
     alone = "dp" in free and fixed.get("zero")  # on one replica there is nothing to shard over
     options = [fixed, {**fixed, "zero": 0}] if alone else [fixed]
+    if key == "tp" and "loss" in asked.fixed:  # in chunks only where that is held
+        losses = [name for name in LOSSES if name != "chunked" or name == asked.fixed["loss"]]
+        options = [{**option, "loss": name} for option in options for name in losses]
     best: tuple[Search, Candidate] | None = None
     for option in options:
         try:

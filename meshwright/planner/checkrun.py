@@ -19,7 +19,7 @@ from meshwright.planner.search import Search
 from meshwright.planner.shardedmodel import shard_model
 from meshwright.planner.sharding import NotShardable
 from meshwright.planner.solve import _prediction, cost_model, parse_limit
-from meshwright.planner.space import FIXABLE, divisors
+from meshwright.planner.space import divisors, held_of
 from meshwright.profiling.cluster import Cluster, parse_cluster
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
@@ -119,20 +119,13 @@ def ask(spec: CheckSpec, graphs: Graphs) -> Asked:
     limit_bytes = parse_limit(spec.limit, cluster.device.memory_bytes)
     precision = spec.precision or (saved.workload.precision if saved else "fp32" if cluster.device.kind == "cpu" else "bf16")
     seq = spec.seq or (saved.workload.seq if saved else 0)
-    fixed = held_of(saved) if saved else spec.fixed
+    fixed = held_of(saved.layout) if saved else spec.fixed
     costs = None if spec.costs == "datasheet" else in_folder(graphs.folder, spec.costs) if spec.costs.endswith(".costs") else spec.costs
     graph = graphs.get(spec.model, seq, precision, spec.sample)
     return Asked(
         spec=spec, cluster=cluster, graph=graph, batch=spec.batch or (saved.workload.global_batch if saved else cluster.size),
         limit_bytes=limit_bytes, fixed=fixed, costs=cost_model(costs, cluster), saved=saved,
     )  # fmt: skip
-
-
-def held_of(plan: Plan) -> dict[str, Any]:
-    """What a plan's layout holds of a check; recompute that differs by stage is solved again, and a loss that is not in chunks is plain or
-    on shards of the classes as the tensor-parallel degree has it."""
-    free = (("recompute", "by stage"), ("loss", "plain"), ("loss", "vocab_parallel"))
-    return {k: getattr(plan.layout, k) for k in FIXABLE if (k, getattr(plan.layout, k)) not in free}
 
 
 def evaluate_train(asked: Asked) -> tuple[Figures, Search]:

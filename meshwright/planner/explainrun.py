@@ -16,7 +16,7 @@ from meshwright.planner.leastmemory import least_memory
 from meshwright.planner.plan import Certificate, Layout, Plan, WhyNot
 from meshwright.planner.search import Candidate, Search
 from meshwright.planner.solve import Infeasible, Nearest, _inputs_hash, cost_model, relaxations
-from meshwright.planner.space import FIXABLE, Space
+from meshwright.planner.space import Space, held_of
 from meshwright.profiling.cluster import first_error
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.trace import trace
@@ -120,9 +120,7 @@ def reopen(plan: Plan, *, costs: str | CostModel | None = "auto", progress: Prog
 
 def found_in(search: Search, plan: Plan) -> Candidate:
     """The plan's layout as this search prices it. InputError where it is not in the space or no longer fits."""
-    free = {("recompute", "by stage"), *([("loss", "plain")] if plan.layout.tp > 1 else [])}
-    held = {k: getattr(plan.layout, k) for k in FIXABLE if (k, getattr(plan.layout, k)) not in free}
-    best = search.holding(held).run(1).best
+    best = search.holding(held_of(plan.layout)).run(1).best
     if not best:
         raise InputError(f"the plan's layout does not fit any more as this version prices it ({plan.layout}): plan again")
     return best[0]

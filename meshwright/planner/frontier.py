@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +21,7 @@ from meshwright.planner.leastmemory import least_memory
 from meshwright.planner.plan import Certificate, Layout, Plan, Workload
 from meshwright.planner.search import Candidate, Outcome, Search
 from meshwright.planner.solve import Infeasible, Inputs, _assemble, _infeasible, _inputs_hash
-from meshwright.planner.space import FIXABLE
+from meshwright.planner.space import held_of
 from meshwright.profiling.cluster import Cluster, Node
 from meshwright.profiling.errors import InputError
 
@@ -371,12 +371,6 @@ def _least(inputs: Inputs, top: int, max_seconds: float | None, say: Progress) -
             "inputs_hash": _inputs_hash(search.space, search.limit_bytes),
         }
     )  # fmt: skip
-
-
-def held_of(layout: Layout) -> dict[str, Any]:
-    """A layout as what a search holds; recompute that differs by stage is left to it."""
-    free = {("recompute", "by stage"), *([("loss", "plain")] if layout.tp > 1 else [])}
-    return {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in free}
 
 
 # --- sweep ---------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from meshwright.planner.plan import (
 )  # fmt: skip
 from meshwright.planner.search import Candidate, Outcome, Search
 from meshwright.planner.sharding import NotShardable
-from meshwright.planner.space import FIXABLE, Space
+from meshwright.planner.space import Space, held_of
 from meshwright.planner.tables import module_tables, stage_program
 from meshwright.profiling.cluster import Cluster, Node, parse_cluster
 from meshwright.profiling.errors import InputError
@@ -206,10 +206,8 @@ def prepare(
 def plan_of(graph: ModelGraph, cluster: Cluster, workload: Workload, layout: Layout, costs: CostModel | None = None) -> tuple[Search, Plan]:
     """The plan of one layout, whether it is the best or not, with the search that priced it. Recompute by stage is solved; with tp > 1 a
     plain loss is whatever the sharding makes of it. InputError if the layout is not in the space or does not fit the devices."""
-    free = {("recompute", "by stage"), *([("loss", "plain")] if layout.tp > 1 else [])}
-    fixed = {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in free}
     limit_bytes = cluster.device.memory_bytes
-    search = Search(Space(graph, cluster, workload, fixed, costs), limit_bytes)
+    search = Search(Space(graph, cluster, workload, held_of(layout), costs), limit_bytes)
     outcome = search.run(1)
     if not outcome.best:
         raise InputError(f"{graph.name} with {layout} does not fit {cluster.name}")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel import schedules
-from meshwright.costmodel.layouts import ASKED, FREE, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, SPLIT, STATE_DTYPES, Layouts
+from meshwright.costmodel.layouts import ASKED, BY_ROW, FREE, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, SPLIT, STATE_DTYPES, Layouts
 from meshwright.costmodel.model import CostModel
 from meshwright.costmodel.sharded import ShardedBlock
 from meshwright.planner.expert_tables import why_not
@@ -77,6 +77,13 @@ def _fixed_value(key: str, value: str) -> Any:
     if key != "zero" and number < 1:
         raise InputError(f"--fix {key}={value}: a degree is at least 1")
     return number
+
+
+def held_of(layout: Layout) -> dict[str, Any]:
+    """A layout as what a search holds; recompute that differs by stage is left to it, and with tp > 1 a plain loss is whatever the sharding
+    makes of it."""
+    free = {("recompute", "by stage"), *([("loss", "plain")] if layout.tp > 1 else [])}
+    return {k: getattr(layout, k) for k in FIXABLE if (k, getattr(layout, k)) not in free}
 
 
 def divisors(n: int) -> list[int]:
@@ -186,6 +193,21 @@ class Space:
         return gcd(*(op.dims["experts"] for ops in products for op in ops)), gcd(*(ops[-1].dims["k"] for ops in products))
 
     @cached_property
+    def no_chunked_loss(self) -> str:
+        """Why the loss cannot be computed on some rows at a time; empty if it can: the model ends in one projection of rows."""
+        program = self.graph.program
+        if self.graph.objective != "cross_entropy" or program is None:
+            return "the loss is no cross-entropy behind a plain sequence of layers"
+        last = self.graph.blocks[self.graph.sequence[-1].block]
+        called = [s.target.removeprefix("module:") for s in program.head if s.target.startswith("module:")]
+        inside = [op for op in last.ops if called and (op.module == called[-1] or op.module.startswith(called[-1] + "."))]
+        if [op.kind for op in inside if op.kind != "view"] != ["matmul"]:
+            return f"{called[-1] if called else 'the end of the model'} is not one projection"
+        after = program.head[max(i for i, s in enumerate(program.head) if s.target.startswith("module:")) + 1 :]
+        other = next((s.target for s in after if not s.target.startswith(BY_ROW)), "")
+        return f"{other} comes after the projection to logits" if other else ""
+
+    @cached_property
     def no_context(self) -> str:
         """Why samples cannot be split along the sequence; empty if they can: every other op must act token by token."""
         layers = [b for b in self.graph.blocks if b.repeated]
@@ -274,7 +296,7 @@ class Space:
                 elif seq == cp:
                     self.skipped[f"cp={cp} ({kind}): attention of one token on each rank is not told apart from decoding"] += 1
                 elif kind == "ulysses" and (heads % cp or kv_heads % cp):
-                    self.skipped[f"cp={cp} (ulysses): {heads} heads and {kv_heads} key-value heads of a rank are not divisible by {cp}"] += 1
+                    self.skipped[f"cp={cp} (ulysses): {heads} heads and {max(kv_heads, 1)} key-value heads of a rank are not divisible by {cp}"] += 1
                 else:
                     yield cp, int(kind == "ulysses")
 
@@ -322,7 +344,9 @@ class Space:
     def _losses(self, tp: int, sp: bool) -> list[int]:
         """The loss is on shards of the classes where the sharding has it so; else whole, at once or in chunks."""
         divided = uses_vocab_parallel_loss(self.shardings[tp, sp])
-        plain = ("plain", "chunked") if self.graph.objective == "cross_entropy" and tp == 1 and self.graph.program is not None else ("plain",)
+        if self.fixed.get("loss") == "chunked" and self.no_chunked_loss:
+            self.skipped[f"loss=chunked: {self.no_chunked_loss}"] += 1
+        plain = ("plain", "chunked") if tp == 1 and not self.no_chunked_loss else ("plain",)
         return [LOSSES.index(n) for n in self._names("loss", ("vocab_parallel",) if divided else plain)]
 
     def schedules(self, pp: int, microbatches: int) -> list[tuple[int, int]]:
@@ -411,4 +435,4 @@ def to_arrays(layouts: list[Layout], workload: Workload) -> Layouts:
     )  # fmt: skip
 
 
-__all__ = ["CHOICES", "FIXABLE", "Details", "Space", "divisors", "layout_of", "parse_fix", "to_arrays"]
+__all__ = ["CHOICES", "FIXABLE", "Details", "Space", "divisors", "held_of", "layout_of", "parse_fix", "to_arrays"]

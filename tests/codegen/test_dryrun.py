@@ -44,11 +44,14 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelGraph]:
     moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8, "decoder_sparse_step": 2}
     llama = write(folder, transformers.LlamaConfig(**WIDTHS, num_hidden_layers=12), "LlamaForCausalLM")
     two = write(folder, transformers.Qwen3MoeConfig(**WIDTHS, **moe, num_hidden_layers=12), "Qwen3MoeForCausalLM")
-    return {"llama": trace(llama, seq=SEQ, precision="bf16"), "two-kinds": trace(two, seq=SEQ, precision="bf16")}
+    (folder / "deep").mkdir()
+    deep = write(folder / "deep", transformers.LlamaConfig(**WIDTHS, num_hidden_layers=20), "LlamaForCausalLM")
+    return {"llama": trace(llama, seq=SEQ, precision="bf16"), "two-kinds": trace(two, seq=SEQ, precision="bf16"), "deep": trace(deep, seq=SEQ, precision="bf16")}
 
 
 def planned(graph: ModelGraph, fix: str, batch: int = 32) -> Plan:
-    made = plan(graph, "8xH100-SXM", global_batch=batch, seq=SEQ, fix=parse_fix(fix))
+    fixed = {"cp": 1, "vpp": 1, "ep": 1, "replicas": 1, "schedule": "1f1b", **parse_fix(fix)}
+    made = plan(graph, "8xH100-SXM", global_batch=batch, seq=SEQ, fix=fixed)
     assert isinstance(made, Plan), made
     return made
 
@@ -117,6 +120,51 @@ def test_a_shortened_gpipe_is_the_whole(piped: Plan) -> None:
     assert short.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.005)
     assert short.peak_bytes > dry_run(piped, 0).peak_bytes
     assert counts(short) == counts(whole)
+
+
+LOOPED = [
+    ("llama", "interleaved", 2, 128, 8), ("llama", "zero-bubble", 2, 128, 4), ("llama", "zero-bubble", 1, 64, 4), ("llama", "zbv", 2, 64, 0),
+    ("llama", "dualpipev", 2, 64, 4), ("deep", "zbv", 2, 64, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "schedule", "vpp", "batch", "rank"), LOOPED)
+def test_a_shortened_schedule_is_the_whole(graphs: dict[str, ModelGraph], model: str, schedule: str, vpp: int, batch: int, rank: int) -> None:
+    """The same with every schedule of a pipeline and several chunks a rank: each is run with microbatches that fill it."""
+    made = planned(graphs[model], f"pp=2,vpp={vpp},schedule={schedule},tp=1,dp=4,zero=1,micro_batch=1,loss=plain", batch)
+    short, whole = dry_run(made, rank % 8), dry_run(made, rank % 8, whole=True)
+
+    assert short.microbatches_run < whole.microbatches_run
+    assert (short.layers_run < whole.layers_run) == (model == "deep" or vpp == 1)
+    assert len(short.chunks) == vpp
+    assert short.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.005)
+    assert counts(short) == counts(whole)
+
+
+def test_experts_far_away(graphs: dict[str, ModelGraph]) -> None:
+    """Tokens travel to the ranks of their experts, as many to each: twice a layer forward and twice backward."""
+    made = planned(graphs["two-kinds"], "dp=8,ep=4,tp=1,pp=1,zero=1,micro_batch=4,recompute=none")
+    found = dry_run(made, 0)
+    sent = {(c.phase, c.ranks): c.count for c in found.collectives if c.op.startswith("all_to_all") and c.group == "ep"}
+
+    layers = sum(len(e.layers) for e in made.solution.experts)
+    assert 0 < layers < made.model.layers
+    assert sent == {("forward", 4): 2 * layers, ("backward", 4): 2 * layers}
+
+
+def test_offloaded_state_is_on_the_host(graphs: dict[str, ModelGraph]) -> None:
+    """State of the optimizer that is offloaded counts as the host's, and comes to the device for one parameter at a time."""
+    made = planned(graphs["llama"], "dp=8,tp=1,pp=1,zero=1,micro_batch=4,loss=plain,offload=none,state_dtype=fp32")
+    layout = made.layout.model_copy(update={"offload": "optimizer"})
+    offloaded = made.model_copy(update={"solution": made.solution.model_copy(update={"layout": layout})})
+    there, here = dry_run(offloaded, 0), dry_run(made, 0)
+
+    moments = here.by_kind["optimizer"]
+    assert here.host_bytes == 0
+    assert there.host_bytes == pytest.approx(moments, rel=0.01)
+    assert there.peak_bytes == pytest.approx(here.peak_bytes - moments, rel=0.01)
+    assert 0 < there.by_phase["optimizer"] < here.by_phase["optimizer"]
+    assert "in the host's memory" in render_dry_run(offloaded, there)
 
 
 def counts(x: DryRun) -> dict[tuple[str, str, int, str], float]:

@@ -29,13 +29,13 @@ LATENT: dict[str, Any] = {
     "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
 }  # fmt: skip
 MODELS = {
-    "llama": (transformers.LlamaConfig, "LlamaForCausalLM", {**WIDTHS, "num_hidden_layers": 12}),
-    "deepseek": (transformers.DeepseekV3Config, "DeepseekV3ForCausalLM", {**WIDTHS, **LATENT, "num_hidden_layers": 8}),
+    "llama": (transformers.LlamaConfig, "LlamaForCausalLM", {**WIDTHS, "num_hidden_layers": 8}),
+    "deepseek": (transformers.DeepseekV3Config, "DeepseekV3ForCausalLM", {**WIDTHS, **LATENT, "num_hidden_layers": 4}),
 }
 # as the planner lays out Llama 3.1 405B on 16,384 devices and DeepSeek-V3 on 2,048, with smaller degrees
 KINDS = {
-    "llama": ("16x8xH100-SXM", 32, "tp=4,sp=on,cp=2,cp_kind=ring,pp=4,vpp=3,zero=1,replicas=2,micro_batch=1,schedule=zero-bubble"),
-    "deepseek": ("8x8xH100-SXM", 64, "tp=1,cp=2,cp_kind=ulysses,ep=4,pp=4,vpp=1,zero=1,micro_batch=1,recompute=selective,schedule=1f1b"),
+    "llama": ("8x8xH100-SXM", 16, "tp=4,sp=on,cp=2,cp_kind=ring,pp=2,vpp=3,zero=1,replicas=2,micro_batch=1,schedule=zero-bubble"),
+    "deepseek": ("4x8xH100-SXM", 64, "tp=1,cp=2,cp_kind=ulysses,ep=4,pp=2,vpp=1,zero=1,micro_batch=1,recompute=selective,schedule=1f1b"),
 }
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_recompute_by_stage_is_a_table(fix: str, tmp_path: Path) -> None:
     """RECOMPUTE has each stage's mode and how many of its first layers have it; without it there is one mode, and no table."""
     made = plan(LLAMA, "8xH100-SXM", global_batch=16, seq=32, fix=parse_fix(fix) | {"recompute": "none"})
     assert isinstance(made, Plan)
-    layers = [s.layers[1] - s.layers[0] for s in made.solution.stages]
+    layers = [sum(b - a for a, b in s.chunks or (s.layers,)) for s in made.solution.stages]
     stages = [{"recompute": ("full", "none", "selective")[i % 3]} | ({"recompute_layers": 1} if i == 0 else {}) for i in range(len(layers))]
     emit(made, tmp_path / "plain")
     emit(recomputing(made, stages), tmp_path / "run")
@@ -80,16 +81,17 @@ folder, rank = sys.argv[1:]
 sys.path.insert(0, folder)
 dist.init_process_group("fake", rank=int(rank), world_size=2, store=FakeStore())
 import train
-stage = train.Trainer(torch.device("cpu"), 0).stage
-calls = {n: m.forward for n, m in stage.named_modules() if n.rpartition(".")[0].endswith("layers") and list(m.parameters())}
+stages = train.Trainer(torch.device("cpu"), 0).parts
+calls = {n: m.forward for stage in stages for n, m in stage.named_modules() if n.rpartition(".")[0].endswith("layers") and list(m.parameters())}
 kind = {n: "none" if not isinstance(f, functools.partial) else "selective" if "context_fn" in f.keywords else "full" for n, f in calls.items()}
 print(*kind.values())
 """
 
 
-def test_scripts_recompute_the_layers_that_the_plan_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunks", [{"schedule": "1f1b", "vpp": 1}, {"schedule": "interleaved", "vpp": 2}])
+def test_scripts_recompute_the_layers_that_the_plan_says(chunks: dict[str, Any], tmp_path: Path) -> None:
     """On each rank of a pipeline the emitted script wraps the first layers of its stage, with that stage's mode, and no others."""
-    fix = {"pp": 2, "tp": 1, "dp": 1, "recompute": "none"}
+    fix = {"pp": 2, "tp": 1, "dp": 1, "recompute": "none"} | chunks
     made = plan(LLAMA, "2xcpu", global_batch=8, seq=32, fix=fix)
     assert isinstance(made, Plan)
     stages = [{"recompute": "full", "recompute_layers": 1}, {"recompute": "selective"}]
@@ -98,7 +100,7 @@ def test_scripts_recompute_the_layers_that_the_plan_says(tmp_path: Path) -> None
         subprocess.run([sys.executable, "-c", LAYERS, str(tmp_path / "run"), str(rank)], capture_output=True, text=True, timeout=120)
         for rank in range(2)
     ]
-    lengths = [s.layers[1] - s.layers[0] for s in made.solution.stages]
+    lengths = [sum(b - a for a, b in s.chunks or (s.layers,)) for s in made.solution.stages]
 
     assert [x.returncode for x in found] == [0, 0], found[0].stderr + found[1].stderr
     assert found[0].stdout.split() == ["full"] + ["none"] * (lengths[0] - 1)

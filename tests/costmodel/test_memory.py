@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SEQ, TINY
+from tiny import SEQ, TINY
 from transformers import LlamaConfig
 
 from meshwright.costmodel.memory import block_memory

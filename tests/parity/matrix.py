@@ -21,7 +21,7 @@ WORLDS = (2, 4, 8)
 ASKED_WORLD = 4  # on so many ranks also what a layout has only where it is asked for
 BATCH = 16
 SMALL, FULL = 60, 200
-COST = 0.05  # of a rank, in cases: eight ranks take longer than two, but hold more pairs
+COST = 0.5  # of a rank, in cases: eight ranks take far longer than two, and hold more pairs
 # What cases are drawn over. `micro_batch` is left out: it only says how many microbatches there are.
 CHOSEN = (
     "tp", "sp", "cp", "cp_kind", "ep", "etp", "dp", "zero", "replicas", "pp", "vpp", "schedule", "recompute", "loss", "offload", "state_dtype",

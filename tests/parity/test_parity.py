@@ -8,7 +8,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ def _errors(found: Found, wanted: Found) -> Errors:
     return abs(found[0] - wanted[0]) / abs(wanted[0]), errors
 
 
-def _named_gradients(stage: nn.Module, packed: Mapping[str, tuple[int, int]], duplicates: bool) -> dict[str, Tensor]:
-    held = {n.removeprefix("model."): p for n, p in stage.named_parameters(remove_duplicate=not duplicates)}
+def _named_gradients(parts: Sequence[nn.Module], packed: Mapping[str, tuple[int, int]], duplicates: bool) -> dict[str, Tensor]:
+    held = {n.removeprefix("model."): p for part in parts for n, p in part.named_parameters(remove_duplicate=not duplicates)}
     return {n: gather_full(p.grad, packed.get(n)) for n, p in held.items() if p.grad is not None}
 
 
@@ -86,7 +86,7 @@ def _scripted(made: Plan, folder: Path, duplicates: bool = False) -> Found:
     finally:
         sys.path.remove(str(folder))
     loss = trainer.step(0).item()
-    return loss, _named_gradients(trainer.stage, packed_parameters(made), duplicates)
+    return loss, _named_gradients(trainer.parts, packed_parameters(made), duplicates)
 
 
 def _references(source: str, graph: ModelGraph, made: Plan, folder: Path) -> list[tuple[float, dict[str, Any]]]:

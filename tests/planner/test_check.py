@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meshwright.costmodel.layouts import RECOMPUTE
+from meshwright.costmodel.layouts import RECOMPUTE, SCHEDULES
 from meshwright.planner import checkrun
 from meshwright.planner.check import CheckReport, CheckResult, Versions, against, what_changed
 from meshwright.planner.checkconfig import CheckConfig, CheckSpec
@@ -25,7 +25,7 @@ from meshwright.profiling.errors import InputError
 from meshwright.profiling.graph import ModelGraph
 
 GIB = 2**30
-FIXED = {"tp": 1, "pp": 1, "dp": 8, "zero": 0, "micro_batch": 64, "recompute": "none"}
+FIXED = {"tp": 1, "pp": 1, "dp": 8, "zero": 0, "micro_batch": 64, "recompute": "none", "loss": "plain"}
 
 
 @pytest.fixture
@@ -90,12 +90,12 @@ def test_a_failure_tells_its_peak_and_what_would_fit(run) -> None:  # type: igno
 
 
 def test_one_thing_changed_is_one_thing(run) -> None:  # type: ignore[no-untyped-def]
-    """A setting named recompute, micro_batch or zero changes nothing else of the layout."""
+    """A setting named recompute, micro_batch, zero or loss changes nothing else of the layout."""
     found = run(plan=FIXED, limit=just_below(run(plan=FIXED)))
     changed = {}
     for s in found.nearest:
         key = s.change.partition("=")[0]
-        if key in ("recompute", "micro_batch", "zero"):
+        if key in ("recompute", "micro_batch", "zero", "loss"):
             changed[key] = {k for k in FIXED if getattr(s.layout, k) != getattr(found.figures.layout, k)}
 
     assert changed
@@ -107,7 +107,7 @@ def test_the_offer_is_the_cheapest_of_its_kind(run, tiny_llama) -> None:  # type
     limit = just_below(run(plan=FIXED))
     offered = {s.change.partition("=")[0]: s for s in run(plan=FIXED, limit=limit).nearest}
     seen = set()
-    for key, values in (("recompute", RECOMPUTE), ("micro_batch", (1, 2, 4, 8, 16, 32)), ("zero", (1, 2, 3))):
+    for key, values in (("recompute", RECOMPUTE), ("micro_batch", (1, 2, 4, 8, 16, 32)), ("zero", (1, 2, 3)), ("loss", ("chunked",))):
         tried = [run(plan=FIXED | {key: v}, limit=limit) for v in values]
         fitting = [t.figures.step_s for t in tried if t.status == "fits"]
         if key == "recompute":
@@ -115,7 +115,7 @@ def test_the_offer_is_the_cheapest_of_its_kind(run, tiny_llama) -> None:  # type
         if key in offered:
             assert offered[key].step_s == pytest.approx(min(fitting))
             seen.add(key)
-    assert {"recompute", "micro_batch"} <= seen
+    assert {"recompute", "micro_batch", "loss"} <= seen
 
 
 def some_layers(graph: ModelGraph, limit: str) -> list[float]:
@@ -152,13 +152,17 @@ def test_memory_enough() -> None:
 
 
 def test_a_schedule_is_set_free_too(run) -> None:  # type: ignore[no-untyped-def]
-    """What holds GPipe is offered 1F1B, and other parts with GPipe kept."""
-    held = {"tp": 1, "pp": 2, "dp": 4, "zero": 1, "micro_batch": 8, "recompute": "none", "schedule": "gpipe"}
-    found = run(plan=held, limit=just_below(run(plan=held)))
+    """What holds GPipe is offered the fastest schedule that fits, and other parts with GPipe kept."""
+    held = {"tp": 1, "pp": 2, "dp": 4, "zero": 1, "micro_batch": 8, "recompute": "none", "schedule": "gpipe", "loss": "plain"}
+    limit = just_below(run(plan=held))
+    found = run(plan=held, limit=limit)
     offered = {s.change.partition("=")[0].strip(): s.layout for s in found.nearest}
+    others = {name: run(plan=held | {"schedule": name}, limit=limit) for name in SCHEDULES}
+    steps = {name: r.figures.step_s for name, r in others.items() if r.status == "fits"}
 
     assert found.status == "does_not_fit"
-    assert offered["schedule"].schedule == "1f1b"
+    assert "1f1b" in steps
+    assert offered["schedule"].schedule == min(steps, key=lambda name: steps[name])
     assert all(offered[key].schedule == "gpipe" for key in {"recompute", "micro_batch", "zero", "tp"} & set(offered))
     assert len(offered) > 2
 
@@ -184,7 +188,7 @@ def test_a_saved_plan_is_evaluated_on_todays_model(run, tiny_llama, tmp_path: Pa
 
 
 def test_a_saved_plan_is_offered_another_tensor_parallelism(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Its loss is not held apart from its degrees, which settle how it is computed: tp = 1 has a plain one, tp > 1 shards of it."""
+    """Its loss goes with its tensor parallelism, which settles how it is computed: tp = 1 has a plain one, tp > 1 shards of it."""
     fix = {"tp": 4, "pp": 1, "zero": 1, "recompute": "none", "micro_batch": 64}
     plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", fix=fix)
     assert isinstance(plan, Plan)
@@ -194,6 +198,20 @@ def test_a_saved_plan_is_offered_another_tensor_parallelism(run, tiny_llama, tmp
 
     assert found.status == "does_not_fit"
     assert any(s.change.startswith("tp=1") for s in found.nearest), [s.change for s in found.nearest]
+
+
+def test_a_saved_plan_keeps_its_loss(run, tiny_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A plan with a plain loss that does not fit any more does not fit; a loss in chunks is one of the settings that would."""
+    plan = solve(tiny_llama, "8xH100-SXM", global_batch=512, seq=32, precision="fp32", fix=FIXED)
+    assert isinstance(plan, Plan)
+    plan.save(tmp_path / "plan.json")
+    keys = {"plan": str(tmp_path / "plan.json"), "cluster": None, "batch": None, "seq": None, "precision": None}
+    found = run(**keys, limit=just_below(run(**keys)))
+
+    assert found.status == "does_not_fit"
+    assert found.figures.layout == plan.layout
+    assert {s.layout.loss for s in found.nearest if s.change.startswith("loss=")} == {"chunked"}
+    assert all(s.layout.loss != "chunked" for s in found.nearest if s.change.startswith(("tp=", "micro_batch=", "recompute=")))
 
 
 def test_an_op_without_a_model_is_named(run, tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -234,7 +252,7 @@ def test_infer_that_does_not_fit(run) -> None:  # type: ignore[no-untyped-def]
     ("keys", "word"),
     [
         ({"cluster": "8xH900"}, "H900"),
-        ({"plan": {"tp": 8}}, "4 key-value heads are not divisible by 8"),
+        ({"cluster": "2x8xH100-SXM", "plan": {"tp": 16}}, "8 attention heads are not divisible by 16"),
         ({"plan": {"tp": 3}}, "tp=3"),
         ({"plan": "gone.json"}, "gone.json does not exist"),
         ({"limit": "100TiB"}, "at most the device's"),

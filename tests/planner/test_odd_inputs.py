@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SEQ, TINY
+from tiny import SEQ, TINY
 from transformers import LlamaConfig
 
 from meshwright.planner.plan import Plan

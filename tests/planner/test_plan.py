@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from tiny import TINY
 from transformers import LlamaConfig
 
 from meshwright.planner.plan import Layout, Plan, Workload
@@ -23,7 +23,8 @@ from meshwright.profiling.trace import trace
 @pytest.fixture(scope="module")
 def plan(tiny_llama: ModelGraph) -> Plan:
     """The tiny Llama on tp=2, pp=2 of eight GPUs: every part of a plan is in use."""
-    made = make_plan(tiny_llama, "8xH100-SXM", global_batch=8, seq=32, precision="fp32", fix={"tp": 2, "pp": 2, "zero": 3})
+    fix = {"tp": 2, "pp": 2, "zero": 3, "vpp": 1, "schedule": "1f1b"}
+    made = make_plan(tiny_llama, "8xH100-SXM", global_batch=8, seq=32, precision="fp32", fix=fix)
     assert isinstance(made, Plan)
     return made
 
@@ -162,7 +163,7 @@ FREE_EDITS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("name", FREE_EDITS)
-def test_edits_of_what_is_not_run_yet_are_caught(free_plan: Plan, name: str) -> None:
+def test_edits_of_a_free_plan_are_caught(free_plan: Plan, name: str) -> None:
     """The same of a plan with several chunks a rank, context parallelism and replicas."""
     edit, where = FREE_EDITS[name]
     data = json.loads(free_plan.to_json())

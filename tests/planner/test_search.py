@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SEQ, TINY
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tiny import SEQ, TINY
 from transformers import LlamaConfig, MixtralConfig
 
 from meshwright.costmodel import schedules

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import SEQ
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from meshwright.planner.plan import Plan, mesh_of
@@ -20,7 +21,6 @@ from meshwright.profiling.graph import ModelGraph
 from meshwright.profiling.intervals import clip, length, subtract, union
 from meshwright.profiling.torchtrace import kind_of, operation, read_trace
 from meshwright.report.compare import compare, compare_document, render_comparison
-from tests.conftest import SEQ
 
 NCCL = "ncclDevKernel_{}_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 

@@ -225,7 +225,7 @@ def dispatch(
         rows, ids = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), ids.new_zeros(1)
     out = run(rows, ids.unsqueeze(1), weights.new_ones(len(ids), 1))[:n]
     if parts > 1:
-        out = _Exchange.apply(out, shared, [mine] * parts, etp.get_group()).view(parts, mine, -1).sum(0)
+        out = _Exchange.apply(out, shared, [mine] * parts, etp.get_group()).view(parts, mine, rows.shape[-1]).sum(0)
     if ep.size() > 1:
         out = _Exchange.apply(out, received, sent, ep.get_group())
     out = out[back].view(*index.shape, -1) * weights.unsqueeze(-1)

@@ -86,6 +86,19 @@ class _Convert(torch.autograd.Function):
         return ctx.back(grad, ctx.group), None, None
 
 
+class _OwnGradient(torch.autograd.Function):
+    """x; its gradient in memory of its own. Autograd may hand one tensor, or a part of it, to two parameters (a + b), and keeps both without a
+    copy where they are DTensors: what is added to one later would be added to the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clone()
+
+
 def convert(x: Tensor, conversion: str, mesh: DeviceMesh) -> Tensor:
     """Converts the local value x from one state to another over the mesh, e.g. "P>S1"."""
     return _Convert.apply(x, conversion, mesh.get_group())  # type: ignore[no-any-return]
@@ -141,6 +154,8 @@ class Local(ParallelStyle):
                 assert isinstance(p, DTensor)
                 stored.append((owner, name, p))
                 local = p.to_local()
+                if not type(module).__module__.startswith("torch.nn."):  # whose gradients are new tensors
+                    local = _OwnGradient.apply(local)
                 owner._parameters[name] = convert(local, f"I>{state}", mesh) if state in ("R", "P") else local  # type: ignore[assignment]
             if isinstance(module, nn.Embedding) and self.params.get("weight") == "S0":
                 out = _vocab_parallel_embedding(module, args[0], mesh)

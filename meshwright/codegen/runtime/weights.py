@@ -35,22 +35,29 @@ def allocate(stage: nn.Module, device: torch.device) -> None:
 @torch.no_grad()
 def fill(
     stage: nn.Module, template: nn.Module, units: Iterable[str], init: Callable[[nn.Module], None], seed: int, device: torch.device,
-    packed: dict[str, tuple[int, int]] | None = None, seeds: dict[str, str] | None = None,
+    packed: dict[str, tuple[int, int]] | None = None, ties: dict[str, tuple[str, str]] | None = None,
 ) -> None:  # fmt: skip
     """Fills the parameters and buffers of `stage` (sharded, allocated) under the paths `units`.
 
     `template` has the whole model on meta; `init` initialises one module. `packed` gives dimension and pieces of parameters
-    that are sharded inside pieces. `seeds` names the unit whose seed a unit takes (tied parameters), else its own.
+    that are sharded inside pieces. `ties` gives, of a parameter that is tied to one of another unit, that unit and its name there.
     """
     own = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
-    for unit in units:
+
+    def made(unit: str) -> nn.Module:
         whole = copy.deepcopy(template.get_submodule(unit)).to_empty(device=device)
-        torch.manual_seed(seed + zlib.crc32((seeds or {}).get(unit, unit).encode()))
-        whole.apply(init)
+        torch.manual_seed(seed + zlib.crc32(unit.encode()))
+        return whole.apply(init)
+
+    for unit in units:
+        whole = made(unit)
         for name, value in (*whole.named_parameters(), *whole.named_buffers()):
             path = f"{unit}.{name}" if unit else name
             if path in own:
                 copy_shard(own[path], value.data, (packed or {}).get(path))
+    for path, (unit, name) in (ties or {}).items():
+        if path in own:
+            copy_shard(own[path], made(unit).get_parameter(name), (packed or {}).get(path))
 
 
 @torch.no_grad()
