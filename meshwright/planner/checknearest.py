@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 from meshwright.costmodel.layouts import LOSSES
@@ -36,6 +38,7 @@ def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> 
     found: list[Setting] = []
     workload = held.space.workload
     if asked.fixed:
+        asked = replace(asked, fixed=settled(asked.fixed, asked.cluster.size))
         for key, free in FREES.items():
             if key in asked.fixed:
                 found += _one_free(asked, workload, key, free, figures)
@@ -51,6 +54,15 @@ def nearest_train(asked: Any, figures: Figures, held: Search, most: int = 6) -> 
     if not asked.fixed:
         found.append(_more_memory(held, figures))
     return tuple(found)
+
+
+def settled(fixed: dict[str, Any], devices: int) -> dict[str, Any]:
+    """What is held, with the degree that the other three settle: to set another one free is not to set that one free."""
+    degrees = ("tp", "cp", "pp", "dp")
+    left = [key for key in degrees if key not in fixed]
+    if len(left) != 1:
+        return fixed
+    return {**fixed, left[0]: devices // prod(fixed[key] for key in degrees if key in fixed)}
 
 
 def _one_free(asked: Any, workload: Workload, key: str, free: tuple[str, ...], figures: Figures) -> list[Setting]:

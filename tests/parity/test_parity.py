@@ -34,7 +34,7 @@ from tests.made_plans import recomputing
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 5e-6
 SEED = 3
-PER_FORK = 8  # cases that share forked ranks
+PER_FORK = 6  # cases that share forked ranks
 for _name in ("torch.distributed.tensor._redistribute", "transformers"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from meshwright.costmodel.layouts import RECOMPUTE, SCHEDULES
 from meshwright.planner import checkrun
 from meshwright.planner.check import CheckReport, CheckResult, Versions, against, what_changed
 from meshwright.planner.checkconfig import CheckConfig, CheckSpec
+from meshwright.planner.checknearest import nearest_train
 from meshwright.planner.checkrun import run_checks
 from meshwright.planner.explain import enough_memory
 from meshwright.planner.plan import Plan, Workload
@@ -100,6 +102,19 @@ def test_one_thing_changed_is_one_thing(run) -> None:  # type: ignore[no-untyped
 
     assert changed
     assert all(names == {key} for key, names in changed.items())
+
+
+def test_another_degree_is_one_thing(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Degrees that are held settle the one that is not: with another of them only dp follows, and the settled one is offered too."""
+    monkeypatch.setattr(checkrun, "nearest_train", partial(nearest_train, most=20))
+    found = run(plan=FIXED, limit=just_below(run(plan=FIXED)))
+    offered = {s.change.partition("=")[0]: s.layout for s in found.nearest if s.change.startswith(("tp=", "cp=", "pp="))}
+
+    assert {"tp", "cp"} <= set(offered)
+    for key, x in offered.items():
+        assert [k for k in ("tp", "cp", "pp") if getattr(x, k) != 1] == [key]
+        assert x.dp == 8 // getattr(x, key)
+        assert x.loss != "chunked"
 
 
 def test_the_offer_is_the_cheapest_of_its_kind(run, tiny_llama) -> None:  # type: ignore[no-untyped-def]

@@ -46,7 +46,7 @@ def first_last_pair(mesh: Mesh, last: int) -> Any:
 
 def mean_over_ranks(total: Tensor, mesh: Mesh, last: int = -1) -> Tensor:
     """The mean over the ranks that read other data of a number that the pipeline rank `last` has, on every rank."""
-    for name in ("copies", "state"):
+    for name in ("replicate", "shard", "cp"):
         if mesh[name].size() > 1:
             dist.all_reduce(total, group=mesh[name].get_group())
             total /= mesh[name].size()
