@@ -95,7 +95,7 @@ class _Writer:
             "summary": self._summary(), "version": __version__, "mp_policy": p.workload.precision == "bf16", "plain_fsdp": self.fsdp,
             "pp": x.pp, "vpp": x.vpp, "tp": x.tp, "cp": x.cp, "replicate": x.replicate, "shard": x.shard, "zero": x.zero, "ep": x.ep, "etp": x.etp,
             "hf": self.hf, "hf_class": self._hf_class(), "own_imports": self._own_imports(), "uses_mesh": self.converts or self.slices,
-            "global_batch": p.workload.global_batch, "micro_batch": x.micro_batch, "seq": p.workload.seq, "tokens": self.tokens,
+            "global_batch": p.workload.global_batch, "micro_batch": x.micro_batch, "seq": p.workload.seq, "tokens": self.tokens, "vocabulary": m.inputs[0].high,
             "step_s": f"{p.prediction.step_s.p50:.6g}", "peak_bytes": f"{p.prediction.memory_bytes.peak.p50:.4g}",
             "layers": layer_list(m.layer_paths) if m.layers else "", "stages_note": note,
             "stages": literal([list(s) for s in spans] if x.vpp > 1 else [s[0] for s in spans]),

@@ -26,8 +26,9 @@ def enough_microbatches(x: Layout, m: int, *, on_cpu: bool = False) -> tuple[int
     `on_cpu`: gloo keeps what it sent last while the pipeline filled.
     """
     late = 2 if on_cpu else 0
-    if x.vpp > 1 and x.schedule in ("interleaved", "zero-bubble"):  # in whole rounds: two until every chunk has gradients, and one more
-        fewer, few = 3 * x.pp, 4 * x.pp
+    if x.vpp > 1 and x.schedule in ("interleaved", "zero-bubble"):  # in whole rounds, until every chunk has gradients and one more
+        rounds = 4 if x.schedule == "zero-bubble" else 3  # it puts them off
+        fewer, few = rounds * x.pp, (rounds + 1) * x.pp
     elif x.schedule in ("zbv", "dualpipev"):  # full with 2 pp (costmodel/schedules.py)
         fewer, few = 2 * x.pp + 1 + late, 2 * x.pp + 2 + late
     elif x.schedule == "zero-bubble":

@@ -123,8 +123,8 @@ def test_a_shortened_gpipe_is_the_whole(piped: Plan) -> None:
 
 
 LOOPED = [
-    ("llama", "interleaved", 2, 128, 8), ("llama", "zero-bubble", 2, 128, 4), ("llama", "zero-bubble", 1, 64, 4), ("llama", "zbv", 2, 64, 0),
-    ("llama", "dualpipev", 2, 64, 4), ("deep", "zbv", 2, 64, 0),
+    ("llama", "interleaved", 2, 40, 0), ("llama", "zero-bubble", 2, 48, 4), ("llama", "zero-bubble", 1, 32, 4), ("llama", "zbv", 2, 32, 0),
+    ("llama", "dualpipev", 2, 32, 4), ("deep", "zbv", 2, 32, 0),
 ]  # fmt: skip
 
 
@@ -132,7 +132,7 @@ LOOPED = [
 def test_a_shortened_schedule_is_the_whole(graphs: dict[str, ModelGraph], model: str, schedule: str, vpp: int, batch: int, rank: int) -> None:
     """The same with every schedule of a pipeline and several chunks a rank: each is run with microbatches that fill it."""
     made = planned(graphs[model], f"pp=2,vpp={vpp},schedule={schedule},tp=1,dp=4,zero=1,micro_batch=1,loss=plain", batch)
-    short, whole = dry_run(made, rank % 8), dry_run(made, rank % 8, whole=True)
+    short, whole = dry_run(made, rank), dry_run(made, rank, whole=True)
 
     assert short.microbatches_run < whole.microbatches_run
     assert (short.layers_run < whole.layers_run) == (model == "deep" or vpp == 1)
@@ -163,7 +163,8 @@ def test_offloaded_state_is_on_the_host(graphs: dict[str, ModelGraph]) -> None:
     assert here.host_bytes == 0
     assert there.host_bytes == pytest.approx(moments, rel=0.01)
     assert there.peak_bytes == pytest.approx(here.peak_bytes - moments, rel=0.01)
-    assert 0 < there.by_phase["optimizer"] < here.by_phase["optimizer"]
+    assert "optimizer" not in here.by_phase  # nothing is made there
+    assert 0 < there.by_phase["optimizer"] < there.peak_bytes
     assert "in the host's memory" in render_dry_run(offloaded, there)
 
 

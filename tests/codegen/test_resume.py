@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,6 +200,21 @@ def test_a_checkpoint_of_another_model_is_one_sentence(scripts: dict[str, Path],
     assert saved[0][0] == 0, saved
     assert len(said) == 1
     assert "is a checkpoint of another model" in said[0]
+    assert len(said[0].splitlines()) == 1
+
+
+@pytest.mark.parametrize(("tokens", "says"), [(None, "does not exist"), (5, "which is no sample of 16"), (10**5, "the model knows those below")])
+def test_data_that_cannot_be_read_is_one_sentence(scripts: dict[str, Path], tmp_path: Path, tokens: int | None, says: str) -> None:
+    """A data file that is missing, too short, or of another vocabulary is refused by the first rank alone."""
+    file = tmp_path / "tokens.u32"
+    if tokens is not None:
+        np.full(5 if tokens < 10 else 1000, tokens, np.uint32).tofile(file)
+    found = launch(scripts["fsdp4"], "--steps", "1", "--data", str(file))
+    said = [text for _, text in found if text]
+
+    assert all(code == 1 for code, _ in found), found
+    assert len(said) == 1
+    assert says in said[0]
     assert len(said[0].splitlines()) == 1
 
 

@@ -51,7 +51,7 @@ def stopping_together() -> Iterator[None]:
         yield
     except Refused as e:
         watch.stop()
-        raise SystemExit(str(e)) from None
+        raise SystemExit(str(e) if dist.get_rank() == 0 else 1) from None
     except RuntimeError as e:
         causes = _causes(e)
         reason = next((str(c) for c in causes if isinstance(c, dist.DistError) or any(word in str(c) for word in LOST)), "")
