@@ -105,9 +105,7 @@ def dry_run(
     return summary(plan, rank, result, few, layers_run, time.perf_counter() - started)
 
 
-def extrapolated(
-    run: Callable[[Length | None, int], Measured], long: Sequence[Length], m: int, few: int, fewer: int, *, in_flight: bool
-) -> Measured:
+def extrapolated(run: Callable[[Length | None, int], Measured], long: Sequence[Length], m: int, few: int, fewer: int, *, in_flight: bool) -> Measured:
     """A step of m microbatches and all layers, from runs with `few` and `fewer` of them and with one more layer of each `long` length.
 
     `in_flight`: every microbatch is at once, and what a layer holds grows with them.
@@ -135,6 +133,8 @@ def run_fake(plan: Plan, model: nn.Module, loss: LossFn | None = None) -> Measur
     with fake:
         materialise(model, float32)
     parallel = apply(plan, model, loss=loss, device="cpu")
+    for name in ("pp", "replicate", "shard", "cp"):
+        parallel.mesh[name]  # the mesh makes a view when it is first asked for, which it cannot among fake tensors
     if plan.layout.pp > 1:
         with fake, no_grad():
             examples = make_examples(plan, template, parallel.mesh)

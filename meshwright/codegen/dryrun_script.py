@@ -77,7 +77,7 @@ def _run(script: ModuleType, plan: Plan, model: nn.Module) -> Measured:
             examples = make_examples(plan, around, mesh)  # what the other ranks would tell
         return steps_pipeline(kind, parts, places, mesh, *given, examples=examples, **named)
 
-    steps_pipeline = getattr(script, "pipeline", None)
+    steps_pipeline: Any = getattr(script, "pipeline", None)  # of a script with stages
     changed: dict[str, Any] = {
         "GLOBAL_BATCH": plan.workload.global_batch, "MICROBATCHES": plan.microbatches, "pipeline": pipeline, "blank": blank,
         "allocate": _nothing, "fill": _nothing, "build": lambda: made_fake(copy.deepcopy(model)),

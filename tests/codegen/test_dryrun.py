@@ -46,7 +46,11 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelGraph]:
     two = write(folder, transformers.Qwen3MoeConfig(**WIDTHS, **moe, num_hidden_layers=12), "Qwen3MoeForCausalLM")
     (folder / "deep").mkdir()
     deep = write(folder / "deep", transformers.LlamaConfig(**WIDTHS, num_hidden_layers=20), "LlamaForCausalLM")
-    return {"llama": trace(llama, seq=SEQ, precision="bf16"), "two-kinds": trace(two, seq=SEQ, precision="bf16"), "deep": trace(deep, seq=SEQ, precision="bf16")}
+    return {
+        "llama": trace(llama, seq=SEQ, precision="bf16"),
+        "two-kinds": trace(two, seq=SEQ, precision="bf16"),
+        "deep": trace(deep, seq=SEQ, precision="bf16"),
+    }
 
 
 def planned(graph: ModelGraph, fix: str, batch: int = 32) -> Plan:

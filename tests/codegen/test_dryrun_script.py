@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
+from meshwright import cli
 from meshwright.codegen.dryrun import dry_run
 from meshwright.codegen.dryrun_script import dry_run_script
 from meshwright.codegen.emit import emit
@@ -65,6 +66,17 @@ def test_the_script_is_the_plan(emitted: tuple[Plan, Path], which: str) -> None:
     sent = [{(c.op, c.group, c.nbytes): c.count for c in x.collectives if c.nbytes > 8} for x in (script, program)]
     assert sent[0] == sent[1]
     assert f"the script {folder}/train.py" in " ".join(render_dry_run(made, script).split())
+
+
+def test_verb(emitted: tuple[Plan, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meshwright dryrun` takes the folder, runs the script there and says so."""
+    monkeypatch.setattr(sys, "argv", ["meshwright", "dryrun", str(emitted[1]), "--rank", "1", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    found = json.loads(capfd.readouterr().out)
+
+    assert stopped.value.code in (0, None)
+    assert (found["script"], found["rank"]) == (str(emitted[1]), 1)
 
 
 def test_nothing_of_the_folder_stays(emitted: tuple[Plan, Path]) -> None:
