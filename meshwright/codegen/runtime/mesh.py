@@ -2,8 +2,8 @@
 
 Ranks are ordered pp, replicate, shard, cp, tp, with tp innermost. Two other views of the same ranks shard the state: `copies` x `state`
 hold the parameters (context-parallel ranks share them like data-parallel ones), `expert_copies` x `expert_state` x `ep` x `etp` those of
-experts, folded over all ranks of a stage with etp innermost. A view is made when it is first asked for, by every rank; a dimension of one
-rank has no group.
+experts, folded over all ranks of a stage with etp innermost. They are made when they are first asked for, by every rank; a dimension of
+one rank has no group.
 """
 
 from typing import Any
@@ -39,6 +39,8 @@ class Mesh:
             {"layers": pp, "expert_copies": expert_copies, "expert_state": experts // expert_copies, "ep": ep, "etp": etp},
         ]
         self._views: dict[int, DeviceMesh] = {}
+        if pp * ranks > 1:
+            self._view(0)
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Any:
         first = names if isinstance(names, str) else names[0]
