@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,15 +24,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import announce, run
 from models import build, write_models
 
+from meshwright.codegen.apply import apply
 from meshwright.codegen.runtime import experts as runtime
 from meshwright.codegen.runtime.experts import balanced_routing, fully_shard_layer, place_experts
 from meshwright.codegen.runtime.mesh import Mesh
 from meshwright.codegen.runtime.recompute import recompute
 from meshwright.codegen.runtime.weights import gather_full
 from meshwright.planner.expert_tables import NotExperts, expert_tables, why_not
-from meshwright.planner.plan import Layout
+from meshwright.planner.plan import Layout, Plan
+from meshwright.planner.solve import plan
 from meshwright.profiling import ops
 from meshwright.profiling.graph import ModelGraph
+from meshwright.profiling.loading import import_target
 from meshwright.profiling.trace import trace
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 5e-6
@@ -366,3 +370,45 @@ def test_only_equal_experts_behind_the_boundary_are_a_list() -> None:
     beside.scale = nn.Parameter(torch.ones(1))
     assert ops.expert_list(ListedExperts()) is not None
     assert [ops.expert_list(m) for m in (unlike, beside, Mlp(), nn.Sequential(Mlp(), Mlp()))] == [None] * 4
+
+
+def _listed(made: Plan, source: str) -> tuple[float, float, float, set[str]]:
+    """On a rank: errors of the loss, of the worst gradient and of the norm of a planned model with a list of experts, and what it has."""
+    build, whole = import_target(source)[1], torch.randn(BATCH, SEQ, WIDTH, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    model = build()
+    torch.manual_seed(0)
+    parallel = apply(made, build())
+    wanted = model(whole).square().mean()
+    wanted.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    count, rank = BATCH // made.layout.dp, parallel.data_parallel_rank
+    loss = parallel.train_step({made.model.inputs[0].name: whole[rank * count : (rank + 1) * count]})
+    found = parallel.full_gradients()
+    worst = max(_error(g, gradients[n]) for n, g in found.items() if gradients[n] is not None)
+    norm = sum(float(g.square().sum()) for g in gradients.values() if g is not None) ** 0.5
+    return _error(loss, wanted), worst, abs(float(parallel.clip_gradients(1.0)) / norm - 1), set(found)
+
+
+@pytest.mark.parametrize(
+    "fix",
+    [
+        {"dp": 2, "ep": 2, "zero": 1}, {"dp": 4, "ep": 2, "etp": 2, "zero": 0}, {"dp": 2, "tp": 2, "sp": True, "ep": 2, "zero": 3},
+        {"dp": 2, "pp": 2, "ep": 2, "zero": 2, "schedule": "1f1b"},
+    ],
+    ids=lambda fix: "-".join(f"{k}{v}" for k, v in fix.items()),
+)  # fmt: skip
+def test_a_list_of_experts_runs_as_planned(fix: dict[str, Any], tmp_path: Path) -> None:
+    """Each rank keeps its own experts under their own names; loss, gradients and their norm are those of one process."""
+    source = f"{tmp_path / 'plain_experts.py'}:build"
+    (tmp_path / "plain_experts.py").write_text(PLAIN.format(folder=str(Path(__file__).parent)))
+    world = fix.get("dp", 1) * fix.get("tp", 1) * fix.get("pp", 1)
+    made = plan(trace(source, seq=SEQ, precision="fp32"), f"{world}xcpu", global_batch=BATCH, seq=SEQ, fix={"tp": 1, "pp": 1, "cp": 1, **fix})
+    assert isinstance(made, Plan), made
+    ranks = run(world, _listed, made, source)
+
+    assert all(loss <= 1e-6 and gradient <= 5e-6 and norm <= 1e-6 for loss, gradient, norm, _ in ranks), ranks
+    every = {f"blocks.{i}.experts.mlps.{e}.up.weight" for i in range(3) for e in range(EXPERTS)}
+    held = [names & every for *_, names in ranks]
+    assert set().union(*held) == every
+    assert all(len(names) <= len(every) // 2 for names in held)
