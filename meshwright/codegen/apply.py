@@ -28,9 +28,6 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from meshwright.codegen.kernels.install import install
-from meshwright.codegen.kernels.planned import kernels_of
-from meshwright.codegen.kernels.vocab_parallel import vocab_parallel_cross_entropy as fused_cross_entropy
 from meshwright.codegen.runtime import loss as losses
 from meshwright.codegen.runtime.context import attend, slice_tokens
 from meshwright.codegen.runtime.experts import fully_shard_layer, place_experts
@@ -223,6 +220,9 @@ def _part(plan: Plan, model: nn.Module, span: tuple[int, int], recomputes: Seque
         stage = ProgramStage(model, program, *span, mesh, cp_kind=x.cp_kind, chunked=x.loss == "chunked")
     paths = plan.model.layer_paths[slice(*span)]
     if plan.solution.kernels:
+        from meshwright.codegen.kernels.install import install  # what generates kernels needs more than torch
+        from meshwright.codegen.kernels.planned import kernels_of
+
         left = install(model, kernels_of(plan)).left
         for path, why in left.items():
             LOG.info("%s stays eager: %s", path, why)
@@ -312,8 +312,10 @@ def _data_parallel(plan: Plan, stage: nn.Module, layers: Sequence[tuple[nn.Modul
 
 def _loss(plan: Plan, own: LossFn | None, mesh: Mesh) -> LossFn:
     if plan.solution.loss == "vocab_parallel":
-        fused = any(k.kind == "vocab_parallel_cross_entropy" for k in plan.solution.kernels)
-        return functools.partial(fused_cross_entropy if fused else losses.vocab_parallel_cross_entropy, mesh=mesh["tp"])
+        loss = losses.vocab_parallel_cross_entropy
+        if any(k.kind == "vocab_parallel_cross_entropy" for k in plan.solution.kernels):
+            from meshwright.codegen.kernels.vocab_parallel import vocab_parallel_cross_entropy as loss
+        return functools.partial(loss, mesh=mesh["tp"])
     if own is not None:
         return own
     table: dict[str, Any] = {"cross_entropy": losses.cross_entropy, "mse": losses.mse, "square": losses.square}

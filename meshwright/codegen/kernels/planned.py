@@ -5,7 +5,6 @@ from __future__ import annotations
 from meshwright.codegen.kernels.choose import Kernel, choose
 from meshwright.costmodel.model import CostModel
 from meshwright.planner.plan import Plan, PlannedKernel
-from meshwright.planner.shardedmodel import shard_model
 from meshwright.profiling.graph import ModelGraph
 
 NOTE = "kernels are not in the predicted step and memory: they were not measured on a GPU"
@@ -13,6 +12,8 @@ NOTE = "kernels are not in the predicted step and memory: they were not measured
 
 def with_kernels(plan: Plan, graph: ModelGraph, costs: CostModel | None) -> Plan:
     """The plan with the kernels that the cost model prices below eager code for its layout. `graph` is the plan's model."""
+    from meshwright.planner.shardedmodel import shard_model  # its solver is not there where plans only run
+
     x = plan.layout
     sharded = shard_model(graph, x.tp, x.sp)
     chosen = choose(graph, sharded, plan.cluster.device, costs, x.micro_batch, plan.solution.loss, x.cp)
