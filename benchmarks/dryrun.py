@@ -67,7 +67,7 @@ def apart(path: str, rank: int, whole: bool) -> dict[str, float]:
 def scripts(folder: Path) -> None:
     """The first, a middle and the last rank of the emitted scripts, each in a process of its own."""
     print(f"{datetime.date.today()}, torch {torch.__version__}, python benchmarks/dryrun.py --scripts")
-    print("Emitted scripts run by one process as one rank; run: layers x microbatches; GiB; live: the plan's, off: peak over it; sent: a step; s: processor")
+    print("Emitted scripts, one rank each; run: layers x microbatches; GiB; live: the plan's, off: peak over it; sent: a step; s: processor")
     for model, cluster, batch in SCRIPTS:
         made = plan(trace(str(MODELS / f"{model}.json"), seq=SCRIPTS_SEQ, precision="bf16"), cluster, global_batch=batch, seq=SCRIPTS_SEQ)
         if not isinstance(made, Plan):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.codegen.dryrun import DryRun, dry_run
-from meshwright.costmodel.layouts import RECOMPUTE
+from meshwright.costmodel.layouts import RECOMPUTE, SPLIT
 from meshwright.planner.plan import Layout, Plan, Workload
 from meshwright.planner.solve import plan_of
 from meshwright.planner.space import Space
@@ -129,8 +129,9 @@ class Draw:
             key = draw.choice(sorted({(x.tp, x.pp) for x in layouts}))  # so that large degrees are as frequent as small ones
             layout = draw.choice([x for x in layouts if (x.tp, x.pp) == key])
             if layout.pp > 1 and draw.random() < 0.2:
-                layout = layout.model_copy(update={"schedule": "gpipe"})
-            layout = layout.model_copy(update={"recompute": draw.choice([*RECOMPUTE, "by stage"] if graph.layers else ["none"])})
+                layout = layout.model_copy(update={"schedule": "gpipe", "vpp": 1})
+            again = graph.layers and layout.schedule not in SPLIT
+            layout = layout.model_copy(update={"recompute": draw.choice([*RECOMPUTE, "by stage"] if again else ["none"])})
             shares = [(draw.randrange(len(RECOMPUTE)), draw.random()) for _ in range(layout.pp if layout.recompute == "by stage" else 0)]
             return check(graph, cluster, workload, layout, draw.randrange(layout.pp), shares)
 
@@ -142,7 +143,8 @@ def check(
     for full the share of its layers that have it."""
     search, found = plan_of(graph, cluster, workload, layout)
     assert isinstance(found, Plan)
-    lengths = [s.layers[1] - s.layers[0] for s in found.solution.stages]
+    chunks = [s.chunks or (s.layers,) for s in found.solution.stages]
+    lengths = [sum(b - a for a, b in own) for own in chunks]
     if layout.recompute == "by stage":
         counts = [(mode, round(share * n) if mode == FULL else n if mode else 0) for (mode, share), n in zip(shares, lengths, strict=True)]
         choices = tuple(Choice(mode, layers) for mode, layers in counts)
@@ -150,7 +152,7 @@ def check(
     else:
         mode = RECOMPUTE.index(layout.recompute)
         choices = tuple(Choice(mode, n if mode else 0) for n in lengths)
-    row, ends = search.row(layout), tuple(s.layers[1] for s in found.solution.stages)
+    row, ends = search.row(layout), tuple(sorted(b for own in chunks for _, b in own))
     stages = search.stages(row)
     costs = stages.cost(ends, choices)
     name, what, parts = search.memory_of(search.candidate(row, Cut(stages.step(costs), ends, choices, costs)), stage)

@@ -1,6 +1,6 @@
 """Kernels against the memory's own bandwidth, torch.compile and eager, on one GPU.
 
-    python benchmarks/kernels.py [--model examples/models/llama-3.1-8b.json] [-o benchmarks/results/kernels.json]
+    python benchmarks/kernel_speed.py [--model examples/models/llama-3.1-8b.json] [-o benchmarks/results/kernels.json]
 
 `vocab-parallel cross-entropy` at 8192 rows x 131072 classes in bf16 makes three passes over the logits (read; read and write): its bound is
 three times their bytes at the bandwidth that a copy of as many bytes reaches here, and the bar is 85 % of that. The generated kernels of
