@@ -35,12 +35,13 @@ from meshwright.codegen.runtime.mesh import Mesh
 from meshwright.codegen.runtime.optimizer import Streamed, by_mesh, clip_gradients
 from meshwright.codegen.runtime.pipeline import add_tied_gradients, first_last_pair, held_twice, mean_over_ranks
 from meshwright.codegen.runtime.recompute import recompute
+from meshwright.codegen.runtime.split_backward import split_backward
 from meshwright.codegen.runtime.steps import accumulate, pipeline, run_schedule
 from meshwright.codegen.runtime.tensor_parallel import Local
 from meshwright.codegen.runtime.weights import gather_full
 from meshwright.codegen.stage import Chunks, ProgramStage, WholeModel, split, split_ties
 from meshwright.costmodel import schedules
-from meshwright.costmodel.layouts import LOSS_CHUNKS
+from meshwright.costmodel.layouts import LOSS_CHUNKS, SPLIT
 from meshwright.planner.plan import Layout, ModuleSharding, Plan
 from meshwright.planner.states import parse
 from meshwright.planner.token_dims import token_dim
@@ -226,6 +227,8 @@ def _part(plan: Plan, model: nn.Module, span: tuple[int, int], recomputes: Seque
         left = install(model, kernels_of(plan)).left
         for path, why in left.items():
             LOG.info("%s stays eager: %s", path, why)
+    if x.schedule in SPLIT and x.pp > 1:
+        split_backward(stage, [model.get_submodule(p) for p in paths])
     if x.tp > 1:
         shard_modules(plan, model, *span, mesh)
     _tie(plan, model)

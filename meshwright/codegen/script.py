@@ -15,7 +15,7 @@ from meshwright.codegen.kernels.emitted import files as kernel_files
 from meshwright.codegen.kernels.planned import kernels_of
 from meshwright.codegen.stage import modules_of, split_ties, tail_of
 from meshwright.codegen.text import ProgramText, as_range, attribute, call, identifier, layer_list, literal, table, wrapped
-from meshwright.costmodel.layouts import LOSS_CHUNKS
+from meshwright.costmodel.layouts import LOSS_CHUNKS, SPLIT
 from meshwright.planner.plan import Plan
 from meshwright.planner.token_dims import token_dim
 from meshwright.profiling.errors import InputError
@@ -77,6 +77,7 @@ class _Writer:
         self.converts = any(s.target.startswith("convert:") for s in parts)
         self.slices = any(s.target.startswith("context:") for s in parts)
         self.tail = tail_of(self.program) if self.program and self.x.loss == "chunked" else ()
+        self.splits = self.x.pp > 1 and self.x.schedule in SPLIT
         self.tokens = self.hf and plan.model.labels_from == "shift"
         kernels = kernel_files(kernels_of(plan))
         self.installs = any(n not in ("__init__.py", "vocab_parallel.py") for n in kernels)
@@ -160,6 +161,7 @@ class _Writer:
         found["pipeline"] += ["leave_out"] if x.pp > 1 else []
         found["pipeline"] += ["add_tied_gradients", "first_last_pair", "held_twice"] if self.ties else []
         found["recompute"] = ["recompute"] if self.recomputes else []
+        found["split_backward"] = ["split_backward"] if self.splits else []
         found["tensor_parallel"] = ["Local"] if x.tp > 1 else []
         found["tensor_parallel"] += ["convert"] if self.converts else []
         found["experts"] = ["place_experts", *(["fully_shard_layer"] if self.fsdp else [])] if self.experts else []
@@ -249,8 +251,9 @@ class _Writer:
         args = ["model", *(["first", "last"] if x.pp > 1 else []), *(["mesh"] if self.converts or self.slices else [])]
         lines.append(f"stage = Stage({', '.join(args)})")
         lines += ["install(model)  # the kernels"] if self.installs else []
-        if m.layers and (x.tp > 1 or self.recomputes or self.fsdp or self.experts or self.attends):
+        if m.layers and (self.splits or x.tp > 1 or self.recomputes or self.fsdp or self.experts or self.attends):
             lines.append(f"layers = [model.get_submodule(path) for path in LAYERS{self._span}]")
+        lines += ["split_backward(stage, layers)  # gradients of their weights wait for a bubble"] if self.splits else []
         lines += self._tensor_parallel() if x.tp > 1 else []
         lines += self._layers()
         bf16 = self.plan.workload.precision == "bf16"

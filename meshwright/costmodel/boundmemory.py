@@ -8,7 +8,7 @@ import numpy as np
 
 from meshwright.costmodel.allocator import Coefficients, surroundings
 from meshwright.costmodel.blockcosts import Tables
-from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, STATE_DTYPES, Layouts
+from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, SPLIT, STATE_DTYPES, Layouts
 from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED
 from meshwright.costmodel.stagememory import Blocks, Shape, StageMemory
 from meshwright.profiling.cluster import Cluster
@@ -126,7 +126,8 @@ class BoundMemory:
         def each(values: Sequence[float]) -> Array:
             return np.array(values, float)[order]
 
-        names = ("saved", "forward", "backward", "backward_in_place", "carry", "output", "side", "incoming")
+        names = ["saved", "forward", "backward", "backward_in_place", "carry", "output", "side", "incoming"]
+        names += ["waits", "halved", "late"] if schedule in SPLIT else []
         of = {name: each([float(getattr(m, name)[0]) for m in unique]) for name in names}
         kept = np.array([[float(m.kept(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
         again = np.array([[float(m.again(mode)[0]) for m in unique] for mode in RECOMPUTE])[r, order]
@@ -159,6 +160,10 @@ class BoundMemory:
             values[same] -= of["carry"][same]
             values[more] += of["carry"][more - 1]
         forward[more] += of["carry"][more - 1]
+        halves: dict[str, Array] = {}
+        if schedule in SPLIT:
+            passed = each([m.passes_on for m in unique]) * of["incoming"]
+            halves = {"waits": of["waits"] + passed, "halved": of["halved"], "late": of["late"]}
         samples = x.microbatches[i] * x.micro_batch[i] / x.cp[i]
         inputs = [*self.graph.inputs, *([self.graph.labels] if self.graph.labels else [])]
         return StageMemory(
@@ -167,7 +172,7 @@ class BoundMemory:
                 local=local, buffers=each([m.buffers for m in unique]), side=float(of["side"][layer].max(initial=0.0)),
                 output=float(of["output"].sum()), inputs=float(sum(y.spec.amount.at(samples) for y in inputs)),
                 handed=float(of["carry"][layer].max(initial=0.0)), incoming=of["incoming"], keeps_result=keeps & (r == 0), recomputes=r > 0,
-                tied=tied, backward_first=backward_first,
+                tied=tied, backward_first=backward_first, **halves,
                 last_numel=each([next((rows * row for rows, row in reversed(m.shapes.values())), 0.0) for m in unique]),
             ),
             shape,

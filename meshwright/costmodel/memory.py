@@ -32,14 +32,15 @@ OPTIMIZERS = {"adamw": Optimizer(8.0), "sgd-momentum": Optimizer(4.0), "sgd": Op
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """Bytes of one block on one rank, for each microbatch of an array. All [batches] but the last three.
+    """Bytes of one block on one rank, for each microbatch of an array. All [batches] but the last ones.
 
     `saved`: what forward leaves for backward; `kept_selective`, `kept_full`: the same under recompute. `forward`: the most that is
     alive while the block runs forward, `backward` while it runs backward with its gradients of parameters, `backward_in_place`
     where those are added to ones that exist. All include what is saved; `backward` also the gradient that comes in. `carry`: the
     block's input. `output`: the model's output, in the block that makes it. `side`: what layers take besides the carry. `incoming`:
-    the gradient that comes in. `unasked`: of `kept_selective`, what recompute stops before. `keeps_result`: what the block returns
-    is among what is saved.
+    the gradient that comes in. `unasked`: of `kept_selective`, what recompute stops before. Where gradients of weights are computed
+    apart: `waits` for them between the halves of backward, beside the gradient that comes in where the block `passes_on`; `halved` is
+    `backward` of the first half, `late` the largest gradient of the second. `keeps_result`: what the block returns is among what is saved.
     """
 
     saved: np.ndarray
@@ -53,6 +54,10 @@ class BlockMemory:
     side: np.ndarray
     incoming: np.ndarray
     unasked: np.ndarray
+    waits: np.ndarray
+    halved: np.ndarray
+    late: np.ndarray
+    passes_on: bool
     keeps_result: bool
     numel: float
     buffers: float
@@ -117,15 +122,65 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
     for name, made in _kept_outputs(sharded, b):
         kept = kept + made
         unasked = unasked + (made if name in late else 0.0)
+    waits, halved, late_bytes, passes_on = _halved(sharded, b, nbytes, born, np.where(gradient, steps - 2, dies), copies, turn)
     shapes = _shapes(sharded, ep)
     returned = block.outputs[0].partition(":")[0] if block.outputs else ""
     return BlockMemory(
         saved=saved, kept_selective=np.minimum(kept + carry, saved + carry), kept_full=carry, forward=forward,
         backward=np.maximum(backward, saved), backward_in_place=np.maximum(again_in_place, saved), carry=carry, output=output, side=side,
-        incoming=incoming, unasked=unasked, keeps_result=any(s.saved and s.op == returned for s in block.storages),
+        incoming=incoming, unasked=unasked, waits=waits, halved=np.maximum(halved + incoming, saved), late=late_bytes, passes_on=passes_on,
+        keeps_result=any(s.saved and s.op == returned for s in block.storages),
         numel=sum(rows * row for rows, row in shapes.values()), shapes=shapes,
         buffers=float(sum(p.numel * DTYPE_BYTES.get(p.dtype, 4) for p in block.buffers)),
     )  # fmt: skip
+
+
+def _halved(
+    sharded: ShardedBlock, b: np.ndarray, nbytes: np.ndarray, born: np.ndarray, dies: np.ndarray, copies: np.ndarray, turn: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """What waits for gradients of weights, the peak of the backward that leaves them out, the largest of them (codegen/runtime/split_backward.py)."""
+    block, nbytes, dies = sharded.block, nbytes.copy(), dies.copy()
+    linear = [op for op in block.ops if op.kind == "matmul" and any(v.startswith("param:") for v in op.inputs)] if block.repeated else []
+    alone = {c.value for c in sharded.collectives if c.phase == "backward"}  # whose gradient a collective makes
+    end, late = dies.max(initial=0), np.zeros(len(b))
+    inputs, gradients = set[int](), dict[str, np.ndarray]()
+    for op in linear:
+        own = [i for i, s in enumerate(block.storages) if s.op == op.name and s.backward]
+        for i in sorted((i for i in own if block.storages[i].gradient), key=lambda i: -nbytes[:, i].max())[:1]:
+            late = np.maximum(late, nbytes[:, i])
+            nbytes[:, i] = 0.0
+        source = _allocated(block, next(v for v in op.inputs if not v.startswith("param:")))
+        inputs |= {i for i, s in enumerate(block.storages) if s.op == source and s.saved}
+        used = [block.storages[i].born for i in own if not block.storages[i].gradient][:1]
+        made = [i for i, s in enumerate(block.storages) if s.backward and not s.gradient and s.dies in used]
+        sizes = _value_bytes(op.name, sharded, b)
+        dies[[i for i in made if np.allclose(nbytes[:, i], sizes)][:1]] = end
+        gradients[_gradient_of(block, op.name, alone)] = sizes
+    passes_on = gradients.pop("", None) is not None
+    dies[list(inputs)] = end
+    waits = nbytes[:, list(inputs)].sum(axis=1) + sum(gradients.values(), np.zeros(len(b)))
+    live = _live(nbytes, born, dies, copies.shape[1]) + copies
+    return waits, live[:, turn:].max(axis=1, initial=0.0), late, passes_on
+
+
+def _allocated(block: Block, value: str) -> str:
+    """The op that allocated a value's storage."""
+    name, makers = value.partition(":")[0], {s.op for s in block.storages if not s.backward}
+    while name not in makers and (op := block.by_name.get(name)) is not None and op.inputs:
+        name = op.inputs[0].partition(":")[0]
+    return name
+
+
+def _gradient_of(block: Block, value: str, alone: set[str]) -> str:
+    """The value whose gradient is a value's own, unchanged by views and sums; "" if that is what the block returns."""
+    while value not in alone:
+        if value.partition(":")[0] == block.outputs[0].partition(":")[0]:
+            return ""
+        users = [op for op in block.ops if any(v.partition(":")[0] == value for v in op.inputs)]
+        if len(users) != 1 or not (users[0].kind == "view" or users[0].target.startswith("aten.add.")):
+            break
+        value = users[0].name
+    return value
 
 
 def last_needed(block: Block) -> int:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 Kind = Literal["F", "B", "W", "BW"]
 
@@ -331,3 +333,75 @@ def orders(schedule: str, stages: int, microbatches: int, vpp: int | None = None
     s = find(schedule)
     p, m, v = shape_of(schedule, stages * (1 if s.mirrored else s.vpp[0] if vpp is None else vpp), microbatches, vpp)
     return tuple(tuple(todo) for todo in s.order(p, m, v))
+
+
+class Held(NamedTuple):
+    """What a rank holds while an action of one of its chunks runs (R: its gradients are reduced), without the microbatch that runs: of
+    each chunk the microbatches in flight (forward, and no B yet) and those that wait for W; whether it has had a B and a W before, and
+    whether its last is still to come."""
+
+    kind: Literal["F", "B", "W", "R"]
+    chunk: int
+    flying: tuple[int, ...]
+    waiting: tuple[int, ...]
+    begun: tuple[bool, ...]
+    summed: tuple[bool, ...]
+    open: tuple[bool, ...]
+
+    @property
+    def amounts(self) -> tuple[int, ...]:
+        return self.flying + self.waiting + self.begun + self.summed + self.open
+
+
+@lru_cache(maxsize=512)
+def held(schedule: str, stages: int, microbatches: int, vpp: int) -> tuple[tuple[Held, ...], ...]:
+    """Of each rank, what it holds at the moments that may be the fullest: those that no other of their kind and chunk exceeds.
+
+    B and W at once count as B, then W. More microbatches than fill the pipeline three times repeat what it holds.
+    """
+    m = min(microbatches, max(3 * stages, find(schedule).least(stages)))
+    found = []
+    for todo in orders(schedule, stages, m, vpp):
+        flying, waiting, done = [0] * vpp, [0] * vpp, [0] * vpp
+        begun, summed = [False] * vpp, [False] * vpp
+        moments = set[Held]()
+
+        def moment(
+            kind: Any, c: int, flying: list[int] = flying, waiting: list[int] = waiting, begun: list[bool] = begun, summed: list[bool] = summed,
+            done: list[int] = done, moments: set[Held] = moments,
+        ) -> None:  # fmt: skip
+            of = tuple(flying), tuple(waiting), tuple(begun), tuple(summed), tuple(n < m for n in done)
+            moments.add(Held(kind, c, *of))
+
+        for action in todo:
+            c = action.chunk
+            for kind in action.kind:
+                flying[c] -= kind == "B"
+                waiting[c] -= kind == "W"
+                moment(kind, c)
+                flying[c] += kind == "F"
+                waiting[c] += kind == "B"
+                begun[c] |= kind == "B"
+                summed[c] |= kind == "W"
+                done[c] += kind == "W"
+                if done[c] == m:
+                    moment("R", c)
+        found.append(tuple(_fullest(moments)))
+    return tuple(found)
+
+
+def _fullest(moments: set[Held]) -> Iterator[Held]:
+    """Those that no other holds more than in every place, while the same runs."""
+    for same in sorted({(x.kind, x.chunk) for x in moments}):
+        group = sorted(x for x in moments if (x.kind, x.chunk) == same)
+        rows = np.array([x.amounts for x in group], np.int32)
+        for x, row in zip(group, rows, strict=True):
+            if (rows >= row).all(axis=1).sum() == 1:
+                yield x
+
+
+@lru_cache(maxsize=512)
+def fewest(schedule: str, stages: int, microbatches: int, vpp: int) -> tuple[int, ...]:
+    """Of each rank, how many microbatches every chunk of it holds at least at one moment between its first W and its last; -1 if it has none."""
+    every = held(schedule, stages, microbatches, vpp)
+    return tuple(max((min(x.flying) for x in moments if all(x.summed + x.open)), default=-1) for moments in every)

@@ -16,18 +16,19 @@ is one); a layer's gradients are reduced; those outside the layers are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from meshwright.costmodel import schedules
+from meshwright.costmodel.layouts import SPLIT
 from meshwright.costmodel.memory import MASTER, REDUCED
+from meshwright.costmodel.moments import Moment, Parts
+from meshwright.costmodel.splitmemory import SplitRank
 
 CATEGORIES = ("parameters", "gathered", "gradients", "optimizer", "activations", "communication", "inputs", "temporaries")
-Parts = dict[str, Any]  # bytes by category, numbers or arrays
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -78,6 +79,10 @@ class Blocks:
     local: np.ndarray | None = None  # of `padded`, what one rank stores; padded / shards if not given, but experts shard over ranks of their own
     recomputes: Any = False  # layers keep what goes into them; bool, or bool of each block
     backward_first: np.ndarray | None = None  # `backward` where no sum exists yet, if that differs
+    # of schedules that split backward: what waits for W, the first half of a backward, the largest gradient of the second
+    waits: np.ndarray | None = None
+    halved: np.ndarray | None = None
+    late: np.ndarray | None = None
     side: float = 0.0  # what layers take besides the carry
     output: float = 0.0  # what the model returns
     inputs: float = 0.0  # of all microbatches
@@ -86,7 +91,7 @@ class Blocks:
 
 _ARRAYS = (
     "layer", "kept", "forward", "backward", "saved", "carry", "numel", "padded", "buffers", "incoming", "keeps_result", "last_numel", "tied",
-    "recomputes", "backward_first", "local",
+    "recomputes", "backward_first", "local", "waits", "halved", "late",
 )  # fmt: skip
 _BOOLS = ("layer", "keeps_result", "recomputes")
 _SCALARS = ("side", "output", "inputs", "handed")
@@ -104,50 +109,7 @@ class Place:
     head: Any  # holds its last
     chunks: Any  # parts of the model that do not follow on each other
     returned: Any  # bytes of a microbatch that chunks returned, where the pipeline alone holds them; less what receive buffers hold already
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A candidate for the peak: constant parts for the stage, and parts of each block over a range of blocks."""
-
-    name: str
-    parts: Parts
-    scores: Parts = field(default_factory=dict)  # [blocks]
-    begin: Any = 0
-    end: Any = 0  # no block if end <= begin
-    needs: Any = True  # where the moment exists
-    idle: bool = False  # no microbatch is in flight
-
-
-class RangeMax:
-    """Maximum of a fixed array over ranges [a, b), for arrays of ranges; minus infinity where a range is empty."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.rows = [np.append(values, -np.inf)]
-        while (1 << len(self.rows)) <= len(values):
-            last, half = self.rows[-1], 1 << (len(self.rows) - 1)
-            self.rows.append(np.maximum(last, np.append(last[half:], np.full(half, -np.inf))))
-
-    def __call__(self, a: Any, b: Any) -> Any:
-        a, b = np.broadcast_arrays(a, b)
-        length = np.maximum(b - a, 1)
-        k = np.frexp(length)[1] - 1
-        table = np.stack(self.rows)
-        most = table.shape[1] - 1
-        first = table[k, np.clip(a, 0, most)]
-        second = table[k, np.clip(b - (1 << k), 0, most)]
-        return np.where(b > a, np.maximum(first, second), -np.inf)
-
-
-def _range_max(values: np.ndarray, a: Any, b: Any) -> Any:
-    """Maximum of values over ranges [a, b), by the cheaper of two ways; minus infinity where a range is empty."""
-    a, b = np.broadcast_arrays(a, b)
-    n = len(values)
-    if a.size > 2 and float(np.maximum(b - a, 0).sum()) > n * n.bit_length():
-        return RangeMax(values)(a, b)
-    pairs = np.stack([np.minimum(a, n).ravel(), np.minimum(b, n).ravel()], axis=1).ravel()
-    found = np.maximum.reduceat(np.append(values, -np.inf), pairs)[::2]
-    return np.where(b > a, found.reshape(a.shape), -np.inf)
+    borders: Any = None  # [chunks + 1] the blocks at which chunks begin and end, also of those that follow on each other
 
 
 class StageMemory:
@@ -162,6 +124,10 @@ class StageMemory:
         self._below = np.where(order > 0, self.at[np.maximum(order - 1, 0)] if len(self.at) else 0, -1)
         after = np.searchsorted(self.at, position, side="right")
         self._above = np.where(after < len(self.at), self.at[np.minimum(after, max(len(self.at) - 1, 0))] if len(self.at) else 0, -1)
+
+    @property
+    def _splits(self) -> bool:
+        return self.x.schedule in SPLIT and self.x.pp > 1
 
     @cached_property
     def _local(self) -> np.ndarray:
@@ -410,6 +376,8 @@ class StageMemory:
 
     def live_at(self, begin: Any, end: Any, place: Place, rank: Any) -> Any:
         """Peak live bytes of blocks [begin, end) at `place`, as `rank` in the order of the pipeline; numbers or arrays, broadcast."""
+        if self._splits:
+            return SplitRank(self, begin, end, place).peaks(rank)
         flying = self.flying(rank)
         peak = self._peaks(begin, end, place, flying)
         if self._first is not None:
@@ -422,6 +390,8 @@ class StageMemory:
 
     def least_at(self, begin: Any, end: Any, place: Place, rank: Any) -> Any:
         """A lower bound on `live_at` that grows with all that blocks hold: the last block's forward alone."""
+        if self._splits:
+            return SplitRank(self, begin, end, place).least(rank)
         constant, kept, own = self._base(begin, end, place)
         before = self._sums["kept"][end - 1] - self._sums["kept"][begin]
         return sum(constant.values()) + (self.flying(rank) - 1) * kept + own + before + self.b.forward[end - 1]
@@ -430,9 +400,9 @@ class StageMemory:
         busy, idle = np.full(np.shape(begin), -np.inf), np.full(np.shape(begin), -np.inf)
         for m in self.moments(begin, end, place):
             if m.idle:
-                idle = np.maximum(idle, self._height(m))
+                idle = np.maximum(idle, m.height)
             else:
-                busy = np.maximum(busy, self._height(m))
+                busy = np.maximum(busy, m.height)
         constant, kept, own = self._base(begin, end, place)
         total = sum(constant.values())
         return np.maximum(total + ((flying - 1) * kept + own) + busy, total + idle)
@@ -445,12 +415,6 @@ class StageMemory:
         backward = self.b.backward if self.b.backward_first is None else self.b.backward_first
         return StageMemory(replace(self.b, backward=backward), replace(self.x, first=True))
 
-    def _height(self, m: Moment) -> Any:
-        total = sum(m.parts.values())
-        if m.scores:
-            total = total + _range_max(np.asarray(sum(m.scores.values()), float), m.begin, m.end)
-        return np.where(m.needs, total, -np.inf)
-
     def peak(self, first: int, last: int, stage: int) -> tuple[str, int, dict[str, float]]:
         """The moment of the peak of layers [first, last) as `stage`, its block, and its bytes by category."""
         begin, end = self.span(first, last, stage)
@@ -458,19 +422,17 @@ class StageMemory:
 
     def peak_at(self, begin: Any, end: Any, place: Place, rank: int) -> tuple[str, int, dict[str, float]]:
         """The same of blocks [begin, end) at `place`."""
+        if self._splits:
+            return SplitRank(self, begin, end, place).peak(rank)
         base = self.base_at(begin, end, place, self.flying(rank))
-        heights = [(float(self._height(m) - base["activations"] * m.idle), m) for m in self.moments(begin, end, place)]
+        heights = [(float(m.height - base["activations"] * m.idle), m) for m in self.moments(begin, end, place)]
         height, best = max(heights, key=lambda x: x[0])
         if self._first is not None and float(self.live_at(begin, end, place, rank)) > sum(base.values()) + height:
             return self._first.peak_at(begin, end, place, rank)
         if best.idle:
             base = {**base, "activations": 0.0}
-        at, parts = int(end) - 1, dict(best.parts)
-        if best.scores:
-            total = np.asarray(sum(best.scores.values()), float)
-            at = int(best.begin) + int(np.argmax(total[int(best.begin) : int(best.end)]))
-            parts = {k: parts.get(k, 0.0) + (best.scores[k][at] if k in best.scores else 0.0) for k in {*parts, *best.scores}}
-        return best.name, at, {k: float(base.get(k, 0.0) + parts.get(k, 0.0)) for k in CATEGORIES}
+        at, parts = best.fullest()
+        return best.name, at if best.scores else int(end) - 1, {k: float(base.get(k, 0.0) + parts.get(k, 0.0)) for k in CATEGORIES}
 
     @cached_property
     def _table(self) -> np.ndarray:
@@ -479,6 +441,7 @@ class StageMemory:
         own["local"] = self._local
         own["backward_first"] = self.b.backward if self.b.backward_first is None else self.b.backward_first
         own["recomputes"] = np.broadcast_to(self.b.recomputes, len(self.b.layer))
+        own |= {name: np.zeros(len(self.b.layer)) for name in ("waits", "halved", "late") if own[name] is None}
         return np.array([own[name] for name in _ARRAYS], float)
 
 

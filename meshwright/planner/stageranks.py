@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +35,11 @@ class _Options:
     def fitting(self, capacity: np.ndarray, things: int) -> np.ndarray:
         """[pp, things] seconds of the cheapest option that fits."""
         return self.least(np.where(self.live <= capacity[:, None], self.c, np.inf), things)
+
+
+def _joins(chunks: Chunks) -> int:
+    """How many chunks follow on the one before, where a V turns: nothing is sent between them."""
+    return sum(a[1] == b[0] for a, b in itertools.pairwise(chunks))
 
 
 def _cheapest(options: Sequence[_Options], thing: int, rank: int, capacity: float) -> tuple[Choice, float]:
@@ -78,23 +84,16 @@ class Ranks:
     # -- what a rank holds
 
     def chunks(self, ends: Sequence[int], rank: int) -> Chunks:
-        """Layers that a rank holds; chunks that follow on each other are one."""
+        """Layers that a rank holds."""
         p = self.p
         held = (rank, 2 * p.pp - 1 - rank) if p.v_shape else range(rank, p.pp * p.vpp, p.pp)
-        found: list[tuple[int, int]] = []
-        for k in held:
-            first, last = (ends[k - 1] if k else 0), ends[k]
-            if found and found[-1][1] == first:
-                found[-1] = found[-1][0], last
-            else:
-                found.append((first, last))
-        return tuple(found)
+        return tuple((ends[k - 1] if k else 0, ends[k]) for k in held)
 
     def _outside(self, chunks: Chunks, kind: int, types: np.ndarray) -> np.ndarray:
         """What stands before and after the layers, and transfers; [types] seconds of a microbatch (0) or once a step (1)."""
         p = self.p
         stem, head = chunks[0][0] == 0, chunks[-1][1] == p.layers
-        links = 2 * len(chunks) - stem - head
+        links = 2 * (len(chunks) - _joins(chunks)) - stem - head
         return np.asarray(p.before[types, kind] * stem + p.after[types, kind] * head + links * p.send_s * (kind == 0))
 
     def _seconds(self, chunks: Chunks, choice: Choice, types: np.ndarray) -> np.ndarray:
@@ -131,12 +130,16 @@ class Ranks:
         of_chunk = np.array([(*self._bank.blocks(a, b), a == 0, b == self.p.layers) for chunks in held for a, b in chunks])
         ends = np.cumsum(of_chunk[:, 1] - of_chunk[:, 0])
         begins = np.append(0, ends[:-1])
-        stem, head = of_chunk[:, 2] > 0, of_chunk[:, 3] > 0
-        many = np.array([len(chunks) for chunks in held])
+        borders = np.concatenate([begins.reshape(len(held), -1).T, ends.reshape(len(held), -1)[:, -1:].T])
+        # chunks that follow on each other, where a V turns, are one but for their borders
+        follows = np.array([i > 0 and chunks[i - 1][1] == chunks[i][0] for chunks in held for i in range(len(chunks))])
+        many = len(held[0]) - follows.reshape(len(held), -1).sum(axis=1)
+        first, last = np.flatnonzero(~follows), np.flatnonzero(~np.append(follows[1:], False))
+        stem, head = of_chunk[first, 2] > 0, of_chunk[last, 3] > 0
         until = np.cumsum(many)
         since = until - many
-        returned = np.add.reduceat(memory.returned(begins, ends, stem, head), since)
-        return begins[since], ends[until - 1], Place(stem[since], head[until - 1], many, returned)
+        returned = np.add.reduceat(memory.returned(begins[first], ends[last], stem, head), since)
+        return begins[first][since], ends[last][until - 1], Place(stem[since], head[until - 1], many, returned, borders)
 
     def cost(self, ends: Sequence[int], choices: Sequence[Choice]) -> tuple[StageCost, ...]:
         """What each rank of a cut costs under its choice."""
@@ -164,7 +167,8 @@ class Ranks:
         chunks = self.chunks(ends, rank)
         memory = self._memory([(chunks, choices[rank])], like=False)
         begin, end, place = self._placed(memory, [chunks])
-        one = Place(bool(place.stem[0]), bool(place.head[0]), int(place.chunks[0]), float(place.returned[0]))
+        borders = place.borders[:, 0]
+        one = Place(bool(place.stem[0]), bool(place.head[0]), int(place.chunks[0]), float(place.returned[0]), borders)
         name, at, parts = memory.peak_at(begin[0], end[0], one, rank)
         return name, int(np.concatenate([np.arange(*self._bank.blocks(a, b)) for a, b in chunks])[at]), parts
 

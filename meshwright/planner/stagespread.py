@@ -9,7 +9,7 @@ import numpy as np
 
 from meshwright.costmodel.stagememory import joined
 from meshwright.planner.stageproblem import FULL, NONE, SAME, Choice, Chunks, Cut, spreads
-from meshwright.planner.stageranks import Ranks, _cheapest, _Options
+from meshwright.planner.stageranks import Ranks, _cheapest, _joins, _Options
 
 AT_ONCE = 12  # numbers of layers of one thing that are tried at once, from the cheapest on
 
@@ -21,13 +21,13 @@ class _Spread:
         self.s, p = stages, stages.p
         self.cuts = spreads(p.layers, p.pp * p.vpp) if p.pp * p.vpp > 1 else [(p.layers,)]
         kinds = stages._bank.alike.kinds
-        number: dict[tuple[bool, bool, tuple[bytes, ...]], int] = {}
+        number: dict[tuple[bool, bool, int, tuple[bytes, ...]], int] = {}
         self.things: list[Chunks] = []
         self.of = np.zeros((len(self.cuts), p.pp), int)  # thing that each rank of each cut holds
         for i, ends in enumerate(self.cuts):
             for r in range(p.pp):
                 chunks = stages.chunks(ends, r)
-                key = (chunks[0][0] == 0, chunks[-1][1] == p.layers, tuple(kinds[a:b].tobytes() for a, b in chunks))
+                key = (chunks[0][0] == 0, chunks[-1][1] == p.layers, _joins(chunks), tuple(kinds[a:b].tobytes() for a, b in chunks))
                 self.of[i, r] = number.setdefault(key, len(self.things))
                 if self.of[i, r] == len(self.things):
                     self.things.append(chunks)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from made_memory import Pick, made_blocks, made_shape, memories
 from made_walk import Step
 
-from meshwright.costmodel.stagememory import CATEGORIES, Blocks, RangeMax, Shape, StageMemory
+from meshwright.costmodel.moments import RangeMax
+from meshwright.costmodel.stagememory import CATEGORIES, Blocks, Shape, StageMemory
 
 WALKED = {
     "no FSDP": {"zero": 0, "dp": 1, "mixed": False},

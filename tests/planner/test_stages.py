@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, product
@@ -11,6 +12,7 @@ import pytest
 from made_memory import Pick, made_blocks, made_shape
 
 from meshwright.costmodel import schedules
+from meshwright.costmodel.layouts import SPLIT
 from meshwright.costmodel.stagememory import Blocks, Place, Shape, StageMemory
 from meshwright.planner import stagecuts
 from meshwright.planner.stages import Choice, Cut, StageProblem, Stages, spreads
@@ -27,6 +29,9 @@ def made_memory(pick: Pick, x: Shape, kinds: np.ndarray) -> Callable[[np.ndarray
     """Layers of equal kind and mode hold alike, but that a recomputed layer shares what the block before it keeps, and that a layer (or the
     head) behind a recomputed one keeps what goes into it, as real blocks do."""
     b = made_blocks(pick, x, len(kinds))
+    if x.schedule in SPLIT:
+        waits, halved, late = (np.array([pick(0, 30) for _ in b.layer], float) for _ in range(3))
+        b = replace(b, waits=waits * b.layer, halved=b.saved + halved, late=late * b.layer)
     at = np.flatnonzero(b.layer)
     like = np.arange(len(b.layer))
     like[at] = at[[int(np.argmax(kinds == k)) for k in kinds]]
@@ -39,7 +44,7 @@ def made_memory(pick: Pick, x: Shape, kinds: np.ndarray) -> Callable[[np.ndarray
         mode = np.zeros(len(b.layer), int)
         mode[at] = modes
         names = ("kept", "forward", "backward", "saved", "numel", "padded", "buffers", "last_numel")
-        known = {name: getattr(b, name)[like].copy() for name in names}
+        known = {name: getattr(b, name)[like].copy() for name in (*names, *(("waits", "halved", "late") if b.waits is not None else ()))}
         for i, name in enumerate(("kept", "forward", "saved")):
             known[name] = np.maximum(known[name] - less[mode, i], 0.0)
         known["saved"] += np.array(again)[mode]
@@ -55,7 +60,12 @@ def made_memory(pick: Pick, x: Shape, kinds: np.ndarray) -> Callable[[np.ndarray
     return memory
 
 
-def made_problem(seed: int, vpp: int = 1, v_shape: bool = False) -> StageProblem:
+def splitting(x: Shape) -> Shape:
+    """The shape with what a schedule needs that splits backward."""
+    return replace(x, zero=min(x.zero, 1), microbatches=max(x.microbatches, schedules.find(x.schedule).least(x.pp)))
+
+
+def made_problem(seed: int, vpp: int = 1, v_shape: bool = False, split: bool = False) -> StageProblem:
     """A few layers of mixed kinds on a few ranks of one or two device types."""
     pick = picker(seed)
     layers = pick(3, 7) if vpp == 1 else pick(2 * vpp, 4 * vpp + 1)
@@ -65,6 +75,8 @@ def made_problem(seed: int, vpp: int = 1, v_shape: bool = False) -> StageProblem
         x = made_shape(pick, most)
     schedule = "1f1b" if vpp == 1 else ("zbv", "dualpipev")[pick(0, 1)] if v_shape else "interleaved"
     x = replace(x, vpp=vpp, schedule=schedule, microbatches=x.microbatches * (2 if vpp > 1 else 1))
+    x = replace(x, schedule="zero-bubble", microbatches=-(-x.microbatches // x.pp) * x.pp) if split else x
+    x = splitting(x) if v_shape or split else x
     kinds = np.sort([pick(0, 1) for _ in range(layers)]) if pick(0, 1) else np.array([pick(0, 2) for _ in range(layers)])
     slow = np.array([1.0, 1.0 + pick(0, 8) / 4])
     of_kind = np.array([[[pick(2, 9)] * 3 for _ in range(3)]], float).transpose(0, 2, 1) + np.array([[0], [pick(0, 2)], [pick(0, 3)]])
@@ -83,6 +95,7 @@ def made_problem(seed: int, vpp: int = 1, v_shape: bool = False) -> StageProblem
         send_s=float(pick(0, 3)), capacity=np.full(x.pp, np.inf), types=types, memory=made_memory(pick, x, kinds), kinds=kinds, modes=modes,
         partial=pick(0, 3) > 0, vpp=vpp, v_shape=v_shape,
     )  # fmt: skip
+    p = replace(p, modes=(0,)) if v_shape or split else p
     found = np.sort([max(one[2] for one in ranks) for _, ranks in every_cut(p, most=40)])
     one = found[min(len(found) - 1, int(len(found) * pick(0, 60) / 100))]
     capacity = one * pick(99, 101) / 100 + np.array([pick(0, 20) for _ in range(x.pp)])
@@ -141,7 +154,7 @@ class Brute:
                 seconds += p.c[t, mode, layer]
                 once += p.e[t, layer]
                 count += 1
-            seconds += p.send_s * ((first > 0) + (last < p.layers))
+            seconds += p.send_s * ((first > 0 and first not in [b for _, b in chunks]) + (last < p.layers and last not in [a for a, _ in chunks]))
         return float(seconds + c.sum()), float(once + e.sum()), self.live(rank, chunks, choice), choice
 
     def live(self, rank: int, chunks: list[tuple[int, int]], choice: Choice) -> float:
@@ -159,20 +172,19 @@ class Brute:
             alone = last < self.p.layers and not m.b.keeps_result[end - 1]
             returned += m.b.handed * (alone - (first > 0 and bool(m.b.recomputes[begin])))
         b = replace(m.b, **{k: np.concatenate([x[k] for x in blocks]) for k in blocks[0]})
-        place = Place(chunks[0][0] == 0, chunks[-1][1] == self.p.layers, len(chunks), returned)
+        borders = np.cumsum([0, *(len(held["layer"]) for held in blocks)])
+        apart = 1 + sum(a[1] != b[0] for a, b in itertools.pairwise(chunks))
+        place = Place(chunks[0][0] == 0, chunks[-1][1] == self.p.layers, apart, returned, borders)
         return float(StageMemory(b, x).live_at(np.array(0), np.array(len(b.layer)), place, rank))
 
 
 def held(p: StageProblem, ends: tuple[int, ...]) -> list[list[tuple[int, int]]]:
-    """Layers of each rank; where a V turns, its two chunks are one."""
+    """Layers of each rank."""
     starts = [0, *ends[:-1]]
     schedule = schedules.find("zbv" if p.v_shape else "interleaved")
     found = []
     for r in range(p.pp):
-        parts = [(starts[k], ends[k]) for k in (schedule.virtual_stage(p.pp, r, c) for c in range(p.vpp))]
-        if len(parts) > 1 and parts[0][1] == parts[1][0]:
-            parts = [(parts[0][0], parts[1][1])]
-        found.append(parts)
+        found.append([(starts[k], ends[k]) for k in (schedule.virtual_stage(p.pp, r, c) for c in range(p.vpp))])
     return found
 
 
@@ -280,6 +292,15 @@ def test_least_memory_of_several_chunks(seed: int, vpp: int, v_shape: bool) -> N
     check_least(made_problem(7000 + 1000 * vpp + seed, vpp, v_shape))
 
 
+@pytest.mark.parametrize("vpp", [1, 2])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_best_cut_where_backward_is_split(seed: int, vpp: int) -> None:
+    """The same where what waits for gradients of weights is held beside what is in flight."""
+    p = made_problem(20000 + 1000 * vpp + seed, vpp, split=True)
+    check_best(p)
+    check_least(p)
+
+
 def test_spreads_are_even_but_for_the_ends() -> None:
     """Remainders go to the last stages, the first gives up at most two layers and the last at most three; none is empty."""
     assert spreads(3, 2) == [(1, 3), (2, 3)]
@@ -300,17 +321,17 @@ def test_spreads_are_even_but_for_the_ends() -> None:
 # --- larger models ----------------------------------------------------------------------------------------------------------
 
 
-def large(seed: int, layers: int, pp: int, dense: int = 0, tight: float = 0.8, vpp: int = 1, v_shape: bool = False) -> StageProblem:
+def large(seed: int, layers: int, pp: int, dense: int = 0, tight: float = 0.8, vpp: int = 1) -> StageProblem:
     """Equal layers behind `dense` others, in memory that does not hold them all without recompute."""
     pick = picker(seed)
     x = Shape(pp=pp, microbatches=pick(pp, 4 * pp), zero=pick(0, 3), dp=4, compute_bytes=2.0, mixed=True)
-    x = replace(x, vpp=vpp, schedule="1f1b" if vpp == 1 else "zbv" if v_shape else "interleaved")
+    x = replace(x, vpp=vpp, schedule="1f1b" if vpp == 1 else "interleaved")
     kinds = np.array([0] * dense + [1] * (layers - dense))
     c = np.array([[[4.0 if k else 3.0 for k in kinds]]]) * np.array([1.0, 1.05, 1.33])[:, None] * 1e-3
     p = StageProblem(
         c=c, e=np.where(kinds, 2e-3, 1e-3)[None], before=np.array([[2e-3, 1e-3]]), after=np.array([[3e-3, 2e-3]]), pp=pp,
         microbatches=x.microbatches, ratio=1.0, send_s=1e-4, capacity=np.zeros(pp), types=np.zeros(pp, int),
-        memory=made_memory(pick, x, kinds), kinds=kinds, vpp=vpp, v_shape=v_shape,
+        memory=made_memory(pick, x, kinds), kinds=kinds, vpp=vpp,
     )  # fmt: skip
     least, none = (Stages(replace(p, modes=modes)).least_memory()[0] for modes in ((0, 1, 2), (0,)))
     return replace(p, capacity=np.full(pp, least + tight * (none - least)))
@@ -339,12 +360,12 @@ def test_the_best_of_many_choices(layers: int, pp: int, dense: int, tight: float
             check_least(p)
 
 
-@pytest.mark.parametrize(("vpp", "v_shape"), [(2, False), (3, False), (2, True)])
+@pytest.mark.parametrize("vpp", [2, 3])
 @pytest.mark.parametrize("tight", [0.5, 0.7, 0.9])
-def test_the_best_of_many_choices_of_several_chunks(vpp: int, v_shape: bool, tight: float) -> None:
+def test_the_best_of_many_choices_of_several_chunks(vpp: int, tight: float) -> None:
     """The same of several chunks a rank."""
     for seed in range(2):
-        p = large(seed, 25, 2, 3, tight, vpp, v_shape)
+        p = large(seed, 25, 2, 3, tight, vpp)
         check_best(p)
         check_least(p)
 
@@ -444,7 +465,7 @@ def test_the_peak_of_a_rank_adds_up_to_its_live_bytes() -> None:
             for r, cost in enumerate(cut.costs):
                 name, at, parts = stages.peak(cut.ends, cut.choices, r)
                 assert sum(parts.values()) == cost.live_bytes
-                assert name in ("forward", "backward", "reduction", "accumulation")
+                assert name in ("forward", "backward", "weight gradients", "reduction", "accumulation")
                 assert 0 <= at < stages._bank.n
 
 

@@ -11,6 +11,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from .mesh import Mesh
 from .pipeline import PerMicrobatch, reshard
+from .split_backward import SplitStage
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,7 +45,9 @@ def pipeline(
     for i, (part, place) in enumerate(zip(parts, places, strict=True)):
         module = PerMicrobatch(part) if isinstance(part, FSDPModule) and zero >= 2 else part
         takes, returns = examples[i] if examples else (None, None)
-        stages.append(PipelineStage(module, place, pp.size() * len(parts), device, takes, returns, group=pp.get_group()))
+        later = getattr(part, "weight_gradients", None)
+        stage = PipelineStage if later is None else SplitStage
+        stages.append(stage(module, place, pp.size() * len(parts), device, takes, returns, group=pp.get_group(), dw_builder=later))
     held = stages if issubclass(kind, PipelineScheduleMulti) else stages[0]
     return kind(held, microbatches, loss_fn=loss, scale_grads=False)
 
