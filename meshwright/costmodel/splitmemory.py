@@ -14,7 +14,7 @@ import numpy as np
 
 from meshwright.costmodel import schedules
 from meshwright.costmodel.memory import REDUCED
-from meshwright.costmodel.moments import Moment, Parts
+from meshwright.costmodel.moments import Moment
 
 if TYPE_CHECKING:
     from meshwright.costmodel.stagememory import Place, StageMemory
