@@ -192,6 +192,6 @@ class Tables:
                     forward[d, t, u], backward[d, t, u] = found[d, u, divided]
         return forward, backward
 
-    def _memory(self, t: int, u: int, batch: float, cp: int, ep: int, chunks: int) -> BlockMemory:
+    def _memory(self, t: int, u: int, batch: float, cp: int, ep: int, chunks: int, ulysses: bool) -> BlockMemory:
         """Exact liveness of one block for one layout. Fields hold arrays of one."""
-        return block_memory(self.shardings[t][u], np.array([batch]), cp=cp, ep=ep, loss_chunks=chunks)
+        return block_memory(self.shardings[t][u], np.array([batch]), cp=cp, ep=ep, loss_chunks=chunks, ulysses=ulysses)

@@ -8,8 +8,10 @@ import numpy as np
 
 from meshwright.costmodel.allocator import Coefficients, surroundings
 from meshwright.costmodel.blockcosts import Tables
+from meshwright.costmodel.chunkmemory import one_round
 from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, OFFLOADS, RECOMPUTE, SCHEDULES, SPLIT, STATE_DTYPES, Layouts
 from meshwright.costmodel.memory import MASTER, OPTIMIZERS, REDUCED
+from meshwright.costmodel.schedules import GATHERED
 from meshwright.costmodel.stagememory import Blocks, Shape, StageMemory
 from meshwright.profiling.cluster import Cluster
 from meshwright.profiling.graph import ModelGraph
@@ -61,9 +63,13 @@ class BoundMemory:
         state = np.where(x.offload == OFFLOADS.index("none"), self.state_bytes(x), 0.0)[:, None]
         fsdp = (x.dp * x.cp > 1)[:, None] | (self.compute_bytes < MASTER)
         whole = ~free & (zero < 3)
+        # several chunks below ZeRO 2 are not all gathered at once; nor have they all gradients while they hold activations, with one round
+        several = ((x.pp > 1) & ((x.schedule == FREE) | (x.vpp > 1)))[:, None]
+        once = several & one_round(x.schedule == SCHEDULES.index("looped-bfs"), x.pp, x.microbatches)[:, None]
+        some = several & (zero < 2) & (once | (x.schedule == FREE)[:, None] | (x.vpp > GATHERED)[:, None])
         outside = ~self.repeated & ~free  # ZeRO 3 keeps what is outside the layers gathered too
-        gathered = np.where(fsdp & (whole | outside), self.compute_bytes * numel, 0.0)
-        many = x.microbatches[:, None] > 1
+        gathered = np.where(fsdp & (whole | outside) & ~some, self.compute_bytes * numel, 0.0)
+        many = (x.microbatches[:, None] > 1) & ~once
         gradients = np.where(many, REDUCED * np.where(~free & (zero < 2), numel, local), 0.0)
         return np.asarray((MASTER + state) * local + gathered + gradients)
 
@@ -114,11 +120,12 @@ class BoundMemory:
         shape = Shape(
             pp=int(x.pp[i]), microbatches=int(x.microbatches[i]), zero=zero, dp=shards if zero else int(x.dp[i] * x.cp[i]),
             compute_bytes=self.compute_bytes, mixed=self.compute_bytes < MASTER, schedule=schedule, vpp=int(x.vpp[i]),
+            copies=int(x.replicas[i]) if zero else 1,
             state_bytes=0.0 if x.offload[i] == OFFLOADS.index("optimizer") else float(self.state_bytes(x.take(slice(i, i + 1)))[0]),
         )  # fmt: skip
         t, batch, cp, ep = int(self.sharding_of(x)[i]), float(x.micro_batch[i]), int(x.cp[i]), int(x.ep[i] * x.etp[i])
         chunks = LOSS_CHUNKS if LOSSES[int(x.loss[i])] == "chunked" else 1
-        unique = [self.tables.memory(t, u, batch, cp, ep, chunks) for u in range(len(self.counts))]
+        unique = [self.tables.memory(t, u, batch, cp, ep, chunks, bool(x.ulysses[i])) for u in range(len(self.counts))]
         order, layer = self.order, self.repeated[self.order]
         r = np.zeros(len(order), int)
         r[layer] = modes

@@ -7,6 +7,7 @@ up to the peak of a pipeline stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class BlockMemory:
     alive while the block runs forward, `backward` while it runs backward with its gradients of parameters, `backward_in_place`
     where those are added to ones that exist. All include what is saved; `backward` also the gradient that comes in. `carry`: the
     block's input. `output`: the model's output, in the block that makes it. `side`: what layers take besides the carry. `incoming`:
-    the gradient that comes in. `unasked`: of `kept_selective`, what recompute stops before. Where gradients of weights are computed
+    the gradient that comes in. Where gradients of weights are computed
     apart: `waits` for them between the halves of backward, beside the gradient that comes in where the block `passes_on`; `halved` is
     `backward` of the first half, `late` the largest gradient of the second. `keeps_result`: what the block returns is among what is saved.
     """
@@ -53,7 +54,6 @@ class BlockMemory:
     output: np.ndarray
     side: np.ndarray
     incoming: np.ndarray
-    unasked: np.ndarray
     waits: np.ndarray
     halved: np.ndarray
     late: np.ndarray
@@ -67,19 +67,22 @@ class BlockMemory:
         return {"none": self.saved, "selective": self.kept_selective, "full": self.kept_full}[recompute]
 
     def again(self, recompute: str) -> np.ndarray:
-        """What recompute adds to the backward: the block's input, which nothing else holds, and what was kept and is not asked for."""
-        return {"none": np.zeros_like(self.carry), "selective": self.carry + self.unasked, "full": self.carry}[recompute]
+        """What recompute adds to the backward: the block's input, which nothing else holds. What was kept and not asked for is gone then."""
+        return np.zeros_like(self.carry) if recompute == "none" else self.carry
 
     def padded(self, shards: int) -> float:
         """Parameters when FSDP pads the rows of each to a multiple of `shards`."""
         return sum(np.ceil(rows / shards) * shards * row for rows, row in self.shapes.values())
 
 
-def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep: int = 1, loss_chunks: int = 1) -> BlockMemory:
+def block_memory(
+    sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep: int = 1, loss_chunks: int = 1, ulysses: bool = False
+) -> BlockMemory:  # fmt: skip
     """Liveness of a block's joint program on one tensor-parallel rank.
 
     `cp`: context parallelism, by a ring over as many ranks: each has 1 / cp of a sample's tokens, and beside its own keys and values
-    those that it receives (Liu et al. 2023, arXiv 2310.01889); backward their gradients too. `ep`: expert parallelism with balanced
+    those that it receives (Liu et al. 2023, arXiv 2310.01889); backward their gradients too. `ulysses`: by all-to-all instead (Jacobs et
+    al. 2023, arXiv 2309.14509), of which attention's result is kept on both sides. `ep`: expert parallelism with balanced
     routing: 1 / ep of the experts, as many tokens as before, and the buffers that tokens are sent from and received into.
     `loss_chunks`: the loss in so many parts, each computed again in backward (codegen/runtime/loss.py): no logits are kept.
     """
@@ -93,7 +96,7 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
     born = np.array([s.born for s in block.storages], int)
     dies = np.array([s.dies for s in block.storages], int)
     loss = next((op for op in block.ops if op.kind == "cross_entropy"), None)
-    output, kept_by_loss = np.zeros(len(b)), np.zeros(len(block.storages), bool)
+    output, kept_by_loss, sums = np.zeros(len(b)), np.zeros(len(block.storages), bool), np.zeros(len(block.storages), int)
     if loss is not None:
         output = _loss_in_place(loss, sharded, b, nbytes, born, dies)
         if loss_chunks > 1:
@@ -101,14 +104,19 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
             part = np.array([s.op in parts and not s.gradient for s in block.storages], bool)
             summed = np.array([s.op in parts and s.gradient for s in block.storages], bool)
             nbytes[:, part] /= loss_chunks
+            sums = np.where(summed, born, 0)
             born[summed] = min((s.born for s in block.storages if s.backward), default=0)  # the sum over the parts before
             kept_by_loss = part & np.array([s.saved for s in block.storages], bool)
-            output = output / loss_chunks
+            output = np.zeros(len(b))  # the stage returns what its head takes
     steps = int(dies.max(initial=0)) + 2
     turn = min((s.born for s in block.storages if s.backward), default=steps)
     gradient = np.array([s.gradient for s in block.storages], bool)
     to_the_end, at_once = np.where(gradient, steps - 2, dies), np.where(gradient, np.minimum(born + 1, dies), dies)
     copies = _copies(sharded, b, steps) + _exchanged(sharded, b, steps, cp, ep)
+    for i in np.flatnonzero(sums):  # beside the sum of the parts before lies a part's own gradient, then the new sum as well
+        done = max(s.born for s in block.storages if s.op == block.storages[i].op and s.backward)
+        copies[:, sums[i] : done + 2] += nbytes[:, i, None]
+        copies[:, done + 1] += nbytes[:, i]
     in_place, held = (_live(nbytes, born, d, steps) + copies for d in (at_once, to_the_end))
     carry = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "carry"), np.zeros(len(b)))
     side = sum((_value_bytes(f"in:{i}", sharded, b) for i, x in enumerate(block.inputs) if x.role == "side"), np.zeros(len(b)))
@@ -117,18 +125,18 @@ def block_memory(sharded: ShardedBlock, batches: np.ndarray, *, cp: int = 1, ep:
     backward, again_in_place = (x[:, turn:].max(axis=1, initial=0.0) for x in (held, in_place))
     incoming = _value_bytes(block.outputs[0], sharded, b) if block.outputs and loss is None else np.zeros(len(b))
     backward, again_in_place = backward + incoming, again_in_place + incoming
-    late = {op.name for op in block.ops[last_needed(block) + 1 :]}  # what they made stays in the cache
-    kept = unasked = np.zeros(len(b))
-    for name, made in _kept_outputs(sharded, b):
-        kept = kept + made
-        unasked = unasked + (made if name in late else 0.0)
-    waits, halved, late_bytes, passes_on = _halved(sharded, b, nbytes, born, np.where(gradient, steps - 2, dies), copies, turn)
+    waits, halved, late, passes_on = _halved(sharded, b, nbytes, born, np.where(gradient, steps - 2, dies), copies, turn)
+    kept = sum(_kept_outputs(sharded, b), np.zeros(len(b)))
+    if ulysses and cp > 1:
+        again, exchanged = _both_sides(sharded, b, cp)
+        saved, forward, backward, again_in_place, kept = (x + again for x in (saved, forward, backward, again_in_place, kept + exchanged - again))
+        halved = halved + again
     shapes = _shapes(sharded, ep)
     returned = block.outputs[0].partition(":")[0] if block.outputs else ""
     return BlockMemory(
         saved=saved, kept_selective=np.minimum(kept + carry, saved + carry), kept_full=carry, forward=forward,
         backward=np.maximum(backward, saved), backward_in_place=np.maximum(again_in_place, saved), carry=carry, output=output, side=side,
-        incoming=incoming, unasked=unasked, waits=waits, halved=np.maximum(halved + incoming, saved), late=late_bytes, passes_on=passes_on,
+        incoming=incoming, waits=waits, halved=np.maximum(halved + incoming, saved), late=late, passes_on=passes_on,
         keeps_result=any(s.saved and s.op == returned for s in block.storages),
         numel=sum(rows * row for rows, row in shapes.values()), shapes=shapes,
         buffers=float(sum(p.numel * DTYPE_BYTES.get(p.dtype, 4) for p in block.buffers)),
@@ -139,7 +147,7 @@ def _halved(
     sharded: ShardedBlock, b: np.ndarray, nbytes: np.ndarray, born: np.ndarray, dies: np.ndarray, copies: np.ndarray, turn: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """What waits for gradients of weights, the peak of the backward that leaves them out, the largest of them (codegen/runtime/split_backward.py)."""
-    block, nbytes, dies = sharded.block, nbytes.copy(), dies.copy()
+    block, nbytes, dies, copies = sharded.block, nbytes.copy(), dies.copy(), copies.copy()
     linear = [op for op in block.ops if op.kind == "matmul" and any(v.startswith("param:") for v in op.inputs)] if block.repeated else []
     alone = {c.value for c in sharded.collectives if c.phase == "backward"}  # whose gradient a collective makes
     end, late = dies.max(initial=0), np.zeros(len(b))
@@ -154,8 +162,12 @@ def _halved(
         used = [block.storages[i].born for i in own if not block.storages[i].gradient][:1]
         made = [i for i, s in enumerate(block.storages) if s.backward and not s.gradient and s.dies in used]
         sizes = _value_bytes(op.name, sharded, b)
-        dies[[i for i in made if np.allclose(nbytes[:, i], sizes)][:1]] = end
-        gradients[_gradient_of(block, op.name, alone)] = sizes
+        found = [i for i in made if np.allclose(nbytes[:, i], sizes)][:1]
+        dies[found] = end
+        which = _gradient_of(block, op.name, alone)
+        if not found and which and which not in gradients:  # traced as a sum in place, which cannot be where an addend waits
+            copies[:, used[0] if used else turn :] += sizes[:, None]
+        gradients[which] = sizes
     passes_on = gradients.pop("", None) is not None
     dies[list(inputs)] = end
     waits = nbytes[:, list(inputs)].sum(axis=1) + sum(gradients.values(), np.zeros(len(b)))
@@ -239,6 +251,22 @@ def _exchanged(sharded: ShardedBlock, b: np.ndarray, steps: int, cp: int, ep: in
     return extra
 
 
+def _both_sides(sharded: ShardedBlock, b: np.ndarray, cp: int) -> tuple[np.ndarray, np.ndarray]:
+    """What Ulysses adds to what a block saves, and all that its all-to-alls return: attention's result before and behind the exchange, and
+    keys and values as often as each rank gets a head of its own (codegen/runtime/context.py)."""
+    more = returned = np.zeros(len(b))
+    for op in sharded.block.ops:
+        if op.kind == "attention":
+            share = sharded.share(op.name if len(op.outputs) == 1 else f"{op.name}:0")
+            token, d = DTYPE_BYTES.get(op.dtype, 4) * b * op.dims["batch"] * share, op.dims
+            heads = max(round(d["kv_heads"] * share), 1)
+            keys = token * d["kv"] * d["kv_heads"] * (d["head_dim"] + d["v_head_dim"])
+            result, times = token * d["q"] * d["heads"] * d["v_head_dim"], cp // math.gcd(heads, cp)
+            more = more + result + (times - 1) * keys
+            returned = returned + result + token * d["q"] * d["heads"] * d["head_dim"] + times * keys
+    return more, returned
+
+
 def _loss_in_place(loss: Op, sharded: ShardedBlock, b: np.ndarray, nbytes: np.ndarray, born: np.ndarray, dies: np.ndarray) -> np.ndarray:
     """Bytes of the model's output; changes sizes and deaths of the loss's storages to those of what runs.
 
@@ -303,15 +331,14 @@ def _value_bytes(v: str, sharded: ShardedBlock, b: np.ndarray) -> np.ndarray:
     return (a.const + b * a.per_sample) * sharded.share(v)
 
 
-def _kept_outputs(sharded: ShardedBlock, b: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """What selective recompute keeps, with the op that made it: products, attention, and what was reduced over ranks."""
+def _kept_outputs(sharded: ShardedBlock, b: np.ndarray) -> Iterator[np.ndarray]:
+    """What selective recompute keeps: products, attention, and what was reduced over ranks."""
     for op in sharded.block.ops:
         if op.kind in SAVED_KINDS:
-            yield op.name, _output_bytes(op, sharded, b)
+            yield _output_bytes(op, sharded, b)
     for c in sharded.collectives:
         if c.phase == "forward" and c.op in ("all_reduce", "reduce_scatter"):
-            made = (c.amount.const + b * c.amount.per_sample) / (sharded.ranks if c.op == "reduce_scatter" else 1)
-            yield c.value.partition(":")[0], made
+            yield (c.amount.const + b * c.amount.per_sample) / (sharded.ranks if c.op == "reduce_scatter" else 1)
 
 
 def _output_bytes(op: Op, sharded: ShardedBlock, b: np.ndarray) -> np.ndarray:

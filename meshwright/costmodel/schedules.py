@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -335,10 +335,13 @@ def orders(schedule: str, stages: int, microbatches: int, vpp: int | None = None
     return tuple(tuple(todo) for todo in s.order(p, m, v))
 
 
+GATHERED = 3  # chunks that torch (2.13) keeps gathered at once, of those that FSDP shards below ZeRO 2
+
+
 class Held(NamedTuple):
     """What a rank holds while an action of one of its chunks runs (R: its gradients are reduced), without the microbatch that runs: of
-    each chunk the microbatches in flight (forward, and no B yet) and those that wait for W; whether it has had a B and a W before, and
-    whether its last is still to come."""
+    each chunk the microbatches in flight (forward, and no B yet) and those that wait for W; whether it has had a B and a W before, whether
+    its last is still to come, and whether it is among the GATHERED that run next."""
 
     kind: Literal["F", "B", "W", "R"]
     chunk: int
@@ -347,10 +350,11 @@ class Held(NamedTuple):
     begun: tuple[bool, ...]
     summed: tuple[bool, ...]
     open: tuple[bool, ...]
+    gathered: tuple[bool, ...]
 
     @property
     def amounts(self) -> tuple[int, ...]:
-        return self.flying + self.waiting + self.begun + self.summed + self.open
+        return self.flying + self.waiting + self.begun + self.summed + self.open + self.gathered
 
 
 @lru_cache(maxsize=512)
@@ -363,31 +367,29 @@ def held(schedule: str, stages: int, microbatches: int, vpp: int) -> tuple[tuple
     found = []
     for todo in orders(schedule, stages, m, vpp):
         flying, waiting, done = [0] * vpp, [0] * vpp, [0] * vpp
-        begun, summed = [False] * vpp, [False] * vpp
-        moments = set[Held]()
-
-        def moment(
-            kind: Any, c: int, flying: list[int] = flying, waiting: list[int] = waiting, begun: list[bool] = begun, summed: list[bool] = summed,
-            done: list[int] = done, moments: set[Held] = moments,
-        ) -> None:  # fmt: skip
-            of = tuple(flying), tuple(waiting), tuple(begun), tuple(summed), tuple(n < m for n in done)
-            moments.add(Held(kind, c, *of))
-
-        for action in todo:
-            c = action.chunk
-            for kind in action.kind:
+        begun, summed, moments = [False] * vpp, [False] * vpp, set[Held]()
+        for action, following in zip(todo, _following(todo), strict=True):
+            c, gathered = action.chunk, tuple(chunk in following[:GATHERED] for chunk in range(vpp))
+            for kind in (*action.kind, *("R" if "W" in action.kind and done[action.chunk] == m - 1 else "")):
                 flying[c] -= kind == "B"
                 waiting[c] -= kind == "W"
-                moment(kind, c)
+                of = tuple(flying), tuple(waiting), tuple(begun), tuple(summed), tuple(n < m for n in done), gathered
+                moments.add(Held(kind, c, *of))  # type: ignore[arg-type]
                 flying[c] += kind == "F"
                 waiting[c] += kind == "B"
                 begun[c] |= kind == "B"
                 summed[c] |= kind == "W"
                 done[c] += kind == "W"
-                if done[c] == m:
-                    moment("R", c)
         found.append(tuple(_fullest(moments)))
     return tuple(found)
+
+
+def _following(todo: Sequence[Action]) -> list[list[int]]:
+    """The chunk of each action, then the others in the order in which they run next."""
+    found: list[list[int]] = []
+    for action in reversed(todo):
+        found.append([action.chunk, *(c for c in (found[-1] if found else []) if c != action.chunk)])
+    return found[::-1]
 
 
 def _fullest(moments: set[Held]) -> Iterator[Held]:

@@ -104,7 +104,7 @@ class SplitRank:
         found = []
         for c in range(self.vpp):
             there = held.open[c] or (held.kind == "R" and held.chunk == c)
-            found += [held.flying[c], held.waiting[c], held.begun[c] * there, held.summed[c] * there, int(there), int(not there)]
+            found += [held.flying[c], held.waiting[c], held.begun[c] * there, held.summed[c] * there, int(held.gathered[c]), int(not there)]
         return found
 
     @property
@@ -149,5 +149,5 @@ class SplitRank:
     def least(self, ranks: Any) -> Any:
         """A lower bound that grows with all that blocks hold: what every chunk holds at one moment."""
         counts = np.array(schedules.fewest(self.x.schedule, self.x.pp, self.x.microbatches, self.vpp))[np.asarray(ranks)]
-        there = sum(np.maximum(counts, 0) * c.kept + c.layer_sums + c.root_sums + c.gathered for c in self.chunks)
+        there = sum(np.maximum(counts, 0) * c.kept + c.layer_sums + c.root_sums + c.gathered * (self.vpp <= schedules.GATHERED) for c in self.chunks)
         return sum(self.constant.values()) + np.where(counts >= 0, there, 0.0)

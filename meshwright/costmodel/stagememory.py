@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.costmodel import schedules
+from meshwright.costmodel.chunkmemory import ChunkMemory
 from meshwright.costmodel.layouts import SPLIT
 from meshwright.costmodel.memory import MASTER, REDUCED
 from meshwright.costmodel.moments import Moment, Parts
@@ -43,6 +44,7 @@ class Shape:
     schedule: str = "1f1b"
     vpp: int = 1  # chunks of a rank
     state_bytes: float = 8.0  # of the optimizer, per parameter
+    copies: int = 1  # of the shards: ranks that hold equal ones, over which a gradient is summed after it was reduced
     first: bool = False  # the first backward of a step rather than a later one: nothing is summed yet
 
     @property
@@ -57,6 +59,16 @@ class Shape:
     def sums_whole(self) -> bool:
         """Gradients are summed unsharded over microbatches and reduced once."""
         return self.zero < 2 and self.microbatches > 1
+
+    @property
+    def holds_reduced(self) -> bool:
+        """What was reduced over copies is held beside the sum that it was added to: till the block's next reduction, in a pipeline till the
+        end of the backward."""
+        return self.copies > 1 and self.zero >= 2 and self.microbatches > 1 and not self.first
+
+    @property
+    def holds_all_reduced(self) -> bool:
+        return self.holds_reduced and self.pp == 1 and self.microbatches > 2
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,11 @@ class StageMemory:
         held = [schedule.in_flight(x.pp, int(r), microbatches, vpp) for r in np.ravel(rank)]
         return np.reshape(held, np.shape(rank)) if np.ndim(rank) else held[0]
 
+    @property
+    def by_chunk(self) -> bool:
+        """Whether a rank has several chunks that do not follow on each other, and runs a microbatch's backward at once."""
+        return self.x.vpp > 1 and self.x.schedule not in SPLIT
+
     def returned(self, begin: Any, end: Any, stem: Any, head: Any) -> Any:
         """What one chunk returned, where the pipeline alone holds it; less what a receive buffer holds already."""
         returns = ~self.b.keeps_result[np.minimum(end, len(self.b.layer)) - 1] * np.logical_not(head)
@@ -203,7 +220,8 @@ class StageMemory:
             "gathered": c * (between("root_padded") if x.zero == 3 else between("padded")),
             "gradients": gradients,
             "optimizer": x.state_bytes * between("local"),
-            "communication": (links * x.microbatches + (received > 0) * (x.microbatches > 1)) * self.b.handed,
+            "communication": (links * x.microbatches + (received > 0) * (x.microbatches > 1)) * self.b.handed
+            + REDUCED * x.holds_all_reduced * between("local"),
             "inputs": self.b.inputs,
         }
         return constant, kept, own
@@ -230,7 +248,8 @@ class StageMemory:
         root_grads = (c if x.fsdp else REDUCED) * (own_grads or one)
         reduces = x.fsdp and not x.sums_whole  # inside the backward of every microbatch
         leftover = REDUCED * (s["root_padded"][end] - s["root_padded"][begin]) if reduces and not one and x.pp == 1 else 0.0
-        grown = 0.0 * s["layers"] if not one else s["layers_local"] if reduces else s["layers"]
+        grows = one or x.holds_reduced and not x.holds_all_reduced
+        grown = 0.0 * s["layers"] if not grows else s["layers_local"] if reduces else s["layers"]
 
         def between(prefix: np.ndarray) -> Any:
             return prefix[end] - prefix[begin]
@@ -307,8 +326,9 @@ class StageMemory:
             found.append(Moment("backward", without, last, low, high))
         if x.fsdp and (reduces or x.pp == 1 and not x.first):
             # the buffer is filled from the gradients, which go before the reduced ones come
-            held = c * b.last_numel * (shards > 1)
+            held, replaced = c * b.last_numel * (shards > 1), REDUCED * x.holds_all_reduced
             new = np.maximum(c * b.numel, held + REDUCED * self._local) if reduces else self._late(b.numel, self._local, b.last_numel)
+            new = new - replaced * self._local
             gone = 0.0 * s["layers"] if reduces else REDUCED * (s["layers"] - s["layers_local"])
             ends = frees or (x.sums_whole and x.pp == 1)  # gathered parameters go before their gradients are reduced
             freed = c * s["layers_padded"] if ends else 0.0 * s["layers"]
@@ -331,7 +351,7 @@ class StageMemory:
                         "temporaries": np.maximum(c * root, self._last_root(begin, end) * c * (shards > 1) + REDUCED * padded / shards)
                         if reduces
                         else self._late(root, padded / shards, self._last_root(begin, end)),
-                        "communication": REDUCED * padded, "gradients": done, "activations": 0.0 * root + output,
+                        "communication": REDUCED * padded - replaced * padded / shards, "gradients": done, "activations": 0.0 * root + output,
                         "gathered": -c * padded if zero3 else -freed[end] + freed[begin] - c * padded * ends,
                     },
                 )
@@ -378,6 +398,8 @@ class StageMemory:
         """Peak live bytes of blocks [begin, end) at `place`, as `rank` in the order of the pipeline; numbers or arrays, broadcast."""
         if self._splits:
             return SplitRank(self, begin, end, place).peaks(rank)
+        if self.by_chunk and place.borders is not None:
+            return ChunkMemory(self, begin, end, place).live(rank)
         flying = self.flying(rank)
         peak = self._peaks(begin, end, place, flying)
         if self._first is not None:
@@ -392,6 +414,8 @@ class StageMemory:
         """A lower bound on `live_at` that grows with all that blocks hold: the last block's forward alone."""
         if self._splits:
             return SplitRank(self, begin, end, place).least(rank)
+        if self.by_chunk and place.borders is not None:
+            return ChunkMemory(self, begin, end, place).least(rank)
         constant, kept, own = self._base(begin, end, place)
         before = self._sums["kept"][end - 1] - self._sums["kept"][begin]
         return sum(constant.values()) + (self.flying(rank) - 1) * kept + own + before + self.b.forward[end - 1]
@@ -424,6 +448,9 @@ class StageMemory:
         """The same of blocks [begin, end) at `place`."""
         if self._splits:
             return SplitRank(self, begin, end, place).peak(rank)
+        if self.by_chunk and place.borders is not None:
+            name, at, parts = ChunkMemory(self, begin, end, place).peak(rank)
+            return name, at, {k: float(parts.get(k, 0.0)) for k in CATEGORIES}
         base = self.base_at(begin, end, place, self.flying(rank))
         heights = [(float(m.height - base["activations"] * m.idle), m) for m in self.moments(begin, end, place)]
         height, best = max(heights, key=lambda x: x[0])

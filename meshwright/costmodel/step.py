@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.costmodel import collectives, constants, schedules
+from meshwright.costmodel import chunkmemory, collectives, constants, schedules
 from meshwright.costmodel.blockcosts import Tables
 from meshwright.costmodel.boundmemory import BoundMemory, _tied_twice
 from meshwright.costmodel.groups import Progressions, by_group
@@ -370,10 +370,12 @@ def bubble(schedule: str, p: int, v: int, microbatches: Array | int, f: Array, w
 
 @lru_cache(maxsize=65536)
 def in_flight(schedule: str, pp: int, vpp: int, microbatches: int) -> tuple[float, ...]:
-    """Microbatches whose activations each rank holds at its peak, for all but the first of a step's backwards; of schedules that split
-    backward, those that every chunk of the rank holds at one moment."""
+    """Microbatches whose activations each rank holds at its peak, for all but the first of a step's backwards; of several chunks and where
+    backward is split, those that every chunk holds at one moment."""
     if schedule in SPLIT and pp > 1:
         return tuple(max(0.0, float(n)) for n in schedules.fewest(schedule, pp, microbatches, vpp))
+    if vpp > 1:
+        return tuple(float(n) for n in chunkmemory.fewest(schedule, pp, microbatches, vpp))
     s = schedules.find(schedule)
     m = microbatches if microbatches == 1 else microbatches - 1
     return tuple(float(s.in_flight(pp, r, m, vpp)) for r in range(pp))

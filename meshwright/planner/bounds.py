@@ -94,12 +94,12 @@ class Bounds:
     def peaks(self, x: Layouts, p: Priced) -> Peaks:
         """From the exact liveness of each block, worked out once for each microbatch, degree and loss."""
         block, head = np.zeros((len(x), 3, len(self.bound.counts))), np.zeros(len(x))
-        keys = np.stack([p.sharding, x.micro_batch, x.cp, x.ep * x.etp, x.loss], axis=1)
+        keys = np.stack([p.sharding, x.micro_batch, x.cp, x.ep * x.etp, x.loss, x.ulysses], axis=1)
         for key in np.unique(keys, axis=0):
             rows = np.flatnonzero((keys == key).all(axis=1))
-            t, batch, cp, ep, loss = (int(v) for v in key)
+            t, batch, cp, ep, loss, ulysses = (int(v) for v in key)
             for u in {*self.kinds.tolist(), *self.ends.after.tolist()}:
-                m = self.bound.tables.memory(t, u, float(batch), cp, ep, LOSS_CHUNKS if LOSSES[loss] == "chunked" else 1)
+                m = self.bound.tables.memory(t, u, float(batch), cp, ep, LOSS_CHUNKS if LOSSES[loss] == "chunked" else 1, bool(ulysses))
                 backward = float((m.backward if self.bound.compute_bytes < MASTER else m.backward_in_place)[0])
                 if u in self.kinds:
                     beyond = [max(backward + float((m.again(r) - m.kept(r))[0]), 0.0) for r in RECOMPUTE]

@@ -111,8 +111,8 @@ class LeastMemorySearch:
         dense = tab.numel[t]
         experts = np.where(tab.expert_numel > 0, tab.expert_numel / (x.ep * x.etp)[:, None], 0.0)
         held, c = self.bound._held(x, dense, experts), self.bound.compute_bytes
-        # what is outside the layers stays gathered under every ZeRO stage, which `held` knows where the stage is chosen
-        gathered = (x.zero == FREE) & ((x.dp * x.cp > 1) | (c < MASTER))
+        # what is outside the layers of one chunk stays gathered under every ZeRO stage, which `held` knows where the stage is chosen
+        gathered = (x.zero == FREE) & ((x.dp * x.cp > 1) | (c < MASTER)) & ((x.pp == 1) | (x.schedule != FREE) & (x.vpp == 1))
         held = held + np.where(gathered[:, None] & ~self.bound.repeated, c * (dense + experts), 0.0)
         return held, tab.kept[t, :, :, k], dense + experts
 
@@ -194,7 +194,7 @@ class LeastMemorySearch:
         """Least bytes at a rank's peak beyond what its layers hold and keep for all its microbatches [layouts]; and at the backward of the
         loss, [layouts, ranks]. What a layer keeps is among the bytes of its backward."""
         kinds, c = self.kinds, self.bound.compute_bytes
-        columns = np.stack([self.bound.sharding_of(x), x.micro_batch, x.cp, x.ep * x.etp, self._chunked(x, any_loss)], axis=1)
+        columns = np.stack([self.bound.sharding_of(x), x.micro_batch, x.cp, x.ep * x.etp, self._chunked(x, any_loss), x.ulysses], axis=1)
         unique, which = np.unique(columns, axis=0, return_inverse=True)
         rows = [self._blocks(*(int(v) for v in row)) for row in unique]
         which = which.ravel()
@@ -209,10 +209,10 @@ class LeastMemorySearch:
         beside = np.maximum(runs, reduced[:, None])[:, self.modes] - kept[:, :, kinds][:, self.modes]
         return beside.min(axis=(1, 2)), loss[:, None] + np.maximum(flying - 1, 0.0) * later[:, None]
 
-    def _blocks(self, t: int, batch: int, cp: int, ep: int, chunked: int) -> tuple[Array, float, float]:
+    def _blocks(self, t: int, batch: int, cp: int, ep: int, chunked: int, ulysses: int) -> tuple[Array, float, float]:
         """Bytes of each kind of layer at its backward [3, kinds], of what is behind the layers for backward, and at its fullest backward."""
         kinds, after = self.kinds.tolist(), self.ends.after.tolist()
-        of = [self.bound.tables.memory(t, u, float(batch), cp, ep, LOSS_CHUNKS if chunked else 1) for u in (*kinds, *after)]
+        of = [self.bound.tables.memory(t, u, float(batch), cp, ep, LOSS_CHUNKS if chunked else 1, bool(ulysses)) for u in (*kinds, *after)]
         least = [float(np.minimum(m.backward, m.backward_in_place)[0]) for m in of]
         # an incoming gradient that is larger than what is handed on is in no receive buffer
         larger = [max(float(m.incoming[0] - m.carry[0]), 0.0) for m in of]

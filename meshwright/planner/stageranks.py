@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from meshwright.costmodel.chunkmemory import least_times
 from meshwright.costmodel.stagememory import Place, StageMemory
 from meshwright.planner.stagealike import _Bank, _kinds
 from meshwright.planner.stageproblem import FULL, NONE, SAME, SELECTIVE, Choice, Chunks, Cut, StageCost, StageProblem
@@ -140,6 +141,13 @@ class Ranks:
         since = until - many
         returned = np.add.reduceat(memory.returned(begins[first], ends[last], stem, head), since)
         return begins[first][since], ends[last][until - 1], Place(stem[since], head[until - 1], many, returned, borders)
+
+    def _times(self, memory: StageMemory, chunks: Chunks, ranks: np.ndarray) -> np.ndarray:
+        """[ranks, layers] how often the lower bound on live bytes counts what each layer of `chunks` keeps."""
+        sizes = [last - first for first, last in chunks]
+        if memory.by_chunk:
+            return np.repeat(least_times(memory.x, self.p.vpp, ranks), sizes, axis=1)
+        return np.repeat(memory.flying(ranks)[:, None], sum(sizes), axis=1)
 
     def cost(self, ends: Sequence[int], choices: Sequence[Choice]) -> tuple[StageCost, ...]:
         """What each rank of a cut costs under its choice."""

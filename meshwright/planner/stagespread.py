@@ -85,7 +85,8 @@ class _Spread:
         c = s.p.c[s.types][:, :, layers]
         seconds = first(c[:, FULL], c[:, NONE]) + s._outside(chunks, 0, s.types)[:, None]
         kept = np.diff(more)[:, layers]
-        held = self.least[:, thing, None] + memory.flying(self.ranks)[:, None] * first(kept[1:], kept[:1]) - kept[0, -1]
+        times = s._times(memory, chunks, self.ranks)
+        held = self.least[:, thing, None] + first(kept[1:] * times, kept[:1] * times) - kept[0, -1]
         worth = np.flatnonzero(((seconds <= below[:, None] * (1 + SAME)) & (held <= limit[:, None])).any(axis=0))
         worth = worth[np.argsort(seconds[:, worth].min(axis=0), kind="stable")]
         return worth + 1, seconds[:, worth]

@@ -201,7 +201,7 @@ def test_a_tied_table_counts_once(wide: ModelGraph, tmp_path: Path) -> None:
 
     def numel(graph: ModelGraph, pp: int) -> float:
         cluster = parse_cluster("2xH100-SXM")
-        fixed = {"pp": pp, "tp": 1, "zero": 0, "dp": 2 // pp, "micro_batch": 1}
+        fixed = {"pp": pp, "tp": 1, "zero": 0, "dp": 2 // pp, "micro_batch": 1, "schedule": "1f1b", "loss": "plain", "offload": "none"}
         space = Space(graph, cluster, Workload(global_batch=4, seq=SEQ, precision="bf16"), fixed)
         search, (layout,) = Search(space, 1e15), space.layouts()
         return float(search.bound.stage_memory(search.row(layout), 0, np.zeros(len(graph.layers), int)).b.padded.sum())

@@ -74,7 +74,8 @@ def made_problem(seed: int, vpp: int = 1, v_shape: bool = False, split: bool = F
     while vpp > 1 and x.pp < 2:
         x = made_shape(pick, most)
     schedule = "1f1b" if vpp == 1 else ("zbv", "dualpipev")[pick(0, 1)] if v_shape else "interleaved"
-    x = replace(x, vpp=vpp, schedule=schedule, microbatches=x.microbatches * (2 if vpp > 1 else 1))
+    microbatches = x.microbatches * (2 if vpp > 1 else 1)
+    x = replace(x, vpp=vpp, schedule=schedule, microbatches=microbatches + (-microbatches % x.pp if schedule == "interleaved" else 0))
     x = replace(x, schedule="zero-bubble", microbatches=-(-x.microbatches // x.pp) * x.pp) if split else x
     x = splitting(x) if v_shape or split else x
     kinds = np.sort([pick(0, 1) for _ in range(layers)]) if pick(0, 1) else np.array([pick(0, 2) for _ in range(layers)])
@@ -325,7 +326,8 @@ def large(seed: int, layers: int, pp: int, dense: int = 0, tight: float = 0.8, v
     """Equal layers behind `dense` others, in memory that does not hold them all without recompute."""
     pick = picker(seed)
     x = Shape(pp=pp, microbatches=pick(pp, 4 * pp), zero=pick(0, 3), dp=4, compute_bytes=2.0, mixed=True)
-    x = replace(x, vpp=vpp, schedule="1f1b" if vpp == 1 else "interleaved")
+    schedule = "1f1b" if vpp == 1 else "interleaved"
+    x = replace(x, vpp=vpp, schedule=schedule, microbatches=x.microbatches + (-x.microbatches % pp if schedule == "interleaved" else 0))
     kinds = np.array([0] * dense + [1] * (layers - dense))
     c = np.array([[[4.0 if k else 3.0 for k in kinds]]]) * np.array([1.0, 1.05, 1.33])[:, None] * 1e-3
     p = StageProblem(

@@ -153,26 +153,26 @@ def _parts(step: int, rank: int, tokens: int, causal: bool) -> tuple[slice, slic
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, group: Any) -> Tensor:
-        k, v = k.contiguous(), v.contiguous()
         kept = _results.get()
         if kept is not None and kept[1]:
             results = kept[0].pop(0)
         else:
             token = _in_ring.set(True)
             try:
-                results = _ring_forward(q, k, v, causal, scale, group)
+                results = _ring_forward(q, k.contiguous(), v.contiguous(), causal, scale, group)
             finally:
                 _in_ring.reset(token)
             if kept is not None:
                 kept[0].append(results)
-        ctx.save_for_backward(q, k, v, *results)
+        ctx.save_for_backward(q, k, v, *results)  # not copies of k and v: what they are views of may be kept for q
         ctx.causal, ctx.scale, ctx.group = causal, scale, group
         return results[0].detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         q, k, v, *results = ctx.saved_tensors
-        grads = _ring_backward(grad if grad.stride(-1) == 1 else grad.contiguous(), q, k, v, results, ctx.causal, ctx.scale, ctx.group)
+        grad, k, v = grad if grad.stride(-1) == 1 else grad.contiguous(), k.contiguous(), v.contiguous()
+        grads = _ring_backward(grad, q, k, v, results, ctx.causal, ctx.scale, ctx.group)
         return (*grads, None, None, None)
 
 

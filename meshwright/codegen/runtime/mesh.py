@@ -2,8 +2,8 @@
 
 Ranks are ordered pp, replicate, shard, cp, tp, with tp innermost. Two other views of the same ranks shard the state: `copies` x `state`
 hold the parameters (context-parallel ranks share them like data-parallel ones), `expert_copies` x `expert_state` x `ep` x `etp` those of
-experts, folded over all ranks of a stage with etp innermost. They are made when they are first asked for, by every rank; a dimension of
-one rank has no group.
+experts, folded over all ranks of a stage with etp innermost. They are made when they are first asked for, by every rank, that of
+experts at once where experts are spread; a dimension of one rank has no group.
 """
 
 from typing import Any
@@ -41,6 +41,8 @@ class Mesh:
         self._views: dict[int, DeviceMesh] = {}
         if pp * ranks > 1:
             self._view(0)
+        if ep * etp > 1:
+            self._view(2)
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Any:
         first = names if isinstance(names, str) else names[0]

@@ -52,7 +52,12 @@ class WeightGradients:
     def _run(self, waiting: Waiting) -> None:
         while waiting:
             module, weight, x, grad = waiting.popleft()
-            torch.autograd.backward([weight], [grad.t() @ x])
+            if not weight.is_leaf:  # the local part of a sharded one
+                torch.autograd.backward([weight], [grad.t() @ x])
+            elif weight.grad is None:
+                weight.grad = grad.t() @ x  # autograd would copy it
+            else:
+                weight.grad += grad.t() @ x
             del x, grad
             self._add(module)
 
