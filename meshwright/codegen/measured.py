@@ -7,7 +7,7 @@ import gc
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
 
 from meshwright.codegen.apply import Parallel, make_optimizer
 from meshwright.codegen.fake import fused_attention, group_of, make_inputs
@@ -33,7 +32,7 @@ from meshwright.codegen.tracker import HOST, Failure, Moment, Tracker, shown
 from meshwright.profiling.errors import InputError
 from meshwright.profiling.loading import one_line
 
-PHASES = ("forward", "step", "backward", "recompute", "optimizer")
+PHASES = ("forward", "step", "backward", "recompute", "weights", "optimizer")
 Label = tuple[str, str]  # phase, and module with its layer counted from the nearer end of its chunk
 Sent = tuple[str, str, int, int, str]  # operator, group, ranks, bytes, phase
 
@@ -239,9 +238,25 @@ def _told_of_gradients(program: Program, tracker: Tracker) -> Iterator[None]:
 
         return wrapped
 
-    weights = mock.patch.object(PipelineStage, "backward_weight_one_chunk", told(PipelineStage.backward_weight_one_chunk))
-    with mock.patch.object(torch.autograd, "backward", told(torch.autograd.backward)), weights:
+    names = {id(m): name for part in program.parts for name, m in part.named_modules()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.autograd, "backward", told(torch.autograd.backward)))
+        for apart in {type(w) for part in program.parts if (w := getattr(part, "weight_gradients", None)) is not None}:
+            stack.enter_context(mock.patch.object(apart, "_compute", told(_named(apart._compute, names, tracker))))
         yield
+
+
+def _named(compute: Callable[..., None], names: Mapping[int, str], tracker: Tracker) -> Callable[..., None]:
+    """What computes a weight's gradient apart from the backward, telling the tracker whose."""
+
+    def wrapped(gradients: Any, module: nn.Module, *args: Any) -> None:
+        tracker.weights = names[id(module)]
+        try:
+            compute(gradients, module, *args)
+        finally:
+            tracker.weights = ""
+
+    return wrapped
 
 
 def _unreduced(module: FSDPModule) -> list[Tensor]:

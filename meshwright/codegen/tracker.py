@@ -44,7 +44,7 @@ class Lifetime:
     """One storage: `changes` are (time, bytes from then on); the last is 0 bytes once it has died."""
 
     op: str
-    phase: str  # "setup", "forward", "recompute", "backward", "optimizer", or "step": what stands around them, like the loss
+    phase: str  # "setup", "forward", "recompute", "backward", "weights", "optimizer", or "step": what stands around them, like the loss
     module: str
     changes: list[tuple[int, int]]
     resized: bool = False
@@ -127,6 +127,7 @@ class Tracker(TorchDispatchMode):
         self._time = 0
         self._modules: list[str] = []
         self._behind = ""  # the module whose backward runs
+        self.weights = ""  # the module whose weight's gradient runs, apart from the backward
         self._held: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._task = -1
         self._groups = groups or (lambda name: (name, 0))
@@ -139,12 +140,16 @@ class Tracker(TorchDispatchMode):
     def phase(self) -> str:
         if self.optimizing:
             return "optimizer"
+        if self.weights:
+            return "weights"
         if torch._C._current_graph_task_id() == -1:
             return "forward" if self._modules else "step"
         return "recompute" if self._modules else "backward"
 
     @property
     def module(self) -> str:
+        if self.weights:
+            return self.weights
         return self._modules[-1] if self._modules else self._behind if torch._C._current_graph_task_id() != -1 else ""
 
     def watch(self, root: nn.Module) -> None:

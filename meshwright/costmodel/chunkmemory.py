@@ -66,10 +66,13 @@ def _moments(order: Sequence[schedules.Action], vpp: int, microbatches: int, *, 
             gradients[c] = SHARED
 
 
-@lru_cache(maxsize=1024)
 def fullest(schedule: str, stages: int, microbatches: int, vpp: int, rank: int, ahead: bool) -> Moments:
     """The moments at which a rank may be fullest. More microbatches than four rounds repeat what it holds."""
-    m = min(microbatches, 4 * stages + microbatches % stages)
+    return _fullest(schedule, stages, min(microbatches, 4 * stages + microbatches % stages), vpp, rank, ahead)
+
+
+@lru_cache(maxsize=4096)
+def _fullest(schedule: str, stages: int, m: int, vpp: int, rank: int, ahead: bool) -> Moments:
     groups: dict[tuple[Kind, int], list[tuple[int, ...]]] = {}
     for kind, c, row in _moments(schedules.orders(schedule, stages, m, vpp)[rank], vpp, m, ahead=ahead):
         groups.setdefault((kind, c), []).append(row)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple
@@ -352,58 +352,94 @@ class Held(NamedTuple):
     open: tuple[bool, ...]
     gathered: tuple[bool, ...]
 
-    @property
-    def amounts(self) -> tuple[int, ...]:
-        return self.flying + self.waiting + self.begun + self.summed + self.open + self.gathered
+    def counts(self) -> list[int]:
+        """Of each chunk in turn: microbatches in flight and waiting; whether sums of gradients are there, outside the layers and in them,
+        whether it is gathered, whether its reduced gradients are there instead."""
+        found = []
+        for c in range(len(self.flying)):
+            there = self.open[c] or (self.kind == "R" and self.chunk == c)
+            found += [self.flying[c], self.waiting[c], int(self.begun[c] and there), int(self.summed[c] and there)]
+            found += [int(self.gathered[c]), int(not there)]
+        return found
 
 
-@lru_cache(maxsize=512)
 def held(schedule: str, stages: int, microbatches: int, vpp: int) -> tuple[tuple[Held, ...], ...]:
     """Of each rank, what it holds at the moments that may be the fullest: those that no other of their kind and chunk exceeds.
 
     B and W at once count as B, then W. More microbatches than fill the pipeline three times repeat what it holds.
     """
-    m = min(microbatches, max(3 * stages, find(schedule).least(stages)))
-    found = []
-    for todo in orders(schedule, stages, m, vpp):
-        flying, waiting, done = [0] * vpp, [0] * vpp, [0] * vpp
-        begun, summed, moments = [False] * vpp, [False] * vpp, set[Held]()
-        for action, following in zip(todo, _following(todo), strict=True):
-            c, gathered = action.chunk, tuple(chunk in following[:GATHERED] for chunk in range(vpp))
-            for kind in (*action.kind, *("R" if "W" in action.kind and done[action.chunk] == m - 1 else "")):
-                flying[c] -= kind == "B"
-                waiting[c] -= kind == "W"
-                of = tuple(flying), tuple(waiting), tuple(begun), tuple(summed), tuple(n < m for n in done), gathered
-                moments.add(Held(kind, c, *of))  # type: ignore[arg-type]
-                flying[c] += kind == "F"
-                waiting[c] += kind == "B"
-                begun[c] |= kind == "B"
-                summed[c] |= kind == "W"
-                done[c] += kind == "W"
-        found.append(tuple(_fullest(moments)))
-    return tuple(found)
+    return _held(schedule, stages, _enough(schedule, stages, microbatches), vpp)
 
 
-def _following(todo: Sequence[Action]) -> list[list[int]]:
-    """The chunk of each action, then the others in the order in which they run next."""
-    found: list[list[int]] = []
-    for action in reversed(todo):
-        found.append([action.chunk, *(c for c in (found[-1] if found else []) if c != action.chunk)])
-    return found[::-1]
-
-
-def _fullest(moments: set[Held]) -> Iterator[Held]:
-    """Those that no other holds more than in every place, while the same runs."""
-    for same in sorted({(x.kind, x.chunk) for x in moments}):
-        group = sorted(x for x in moments if (x.kind, x.chunk) == same)
-        rows = np.array([x.amounts for x in group], np.int32)
-        for x, row in zip(group, rows, strict=True):
-            if (rows >= row).all(axis=1).sum() == 1:
-                yield x
+def _enough(schedule: str, stages: int, microbatches: int) -> int:
+    return min(microbatches, max(3 * stages, find(schedule).least(stages)))
 
 
 @lru_cache(maxsize=512)
+def _held(schedule: str, stages: int, m: int, vpp: int) -> tuple[tuple[Held, ...], ...]:
+    return tuple(tuple(_fullest(*moments, vpp)) for moments in _moments(schedule, stages, m, vpp))
+
+
+@lru_cache(maxsize=512)
+def _moments(schedule: str, stages: int, m: int, vpp: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
+    """Of each rank, kind and chunk of every action, and a row of what it then holds, in the order of Held. [actions], [actions, 6 vpp]"""
+    found = []
+    for todo in orders(schedule, stages, m, vpp):
+        kinds = np.array([k for a in todo for k in a.kind])
+        chunks = np.array([a.chunk for a in todo for _ in a.kind])
+        runs = chunks[:, None] == np.arange(vpp)
+        f, b, w = (runs & (kinds == k)[:, None] for k in "FBW")
+        before = [np.cumsum(x, axis=0) - x for x in (f, b, w)]
+        # where each chunk runs next: the first few of them are gathered
+        after = np.where(runs, np.arange(len(runs))[:, None], len(runs))
+        upcoming = np.minimum.accumulate(after[::-1], axis=0)[::-1]
+        gathered = upcoming <= np.sort(upcoming, axis=1)[:, [min(GATHERED, vpp) - 1]]
+        forwards, backwards, weights = before
+        rows = np.concatenate([forwards - backwards - b, backwards - weights - w, backwards > 0, weights > 0, weights < m, gathered], axis=1)
+        last = np.flatnonzero((w & (weights == m - 1)).any(axis=1))  # behind it gradients are reduced
+        done = weights + w
+        reduced = [forwards - backwards, backwards - done, backwards > 0, done > 0, done < m, gathered]
+        rows = np.concatenate([rows, np.concatenate(reduced, axis=1)[last]]).astype(np.int32)
+        found.append((np.append(kinds, ["R"] * len(last)), np.append(chunks, chunks[last]), rows))
+    return tuple(found)
+
+
+def _fullest(kinds: np.ndarray, chunks: np.ndarray, rows: np.ndarray, vpp: int) -> Iterator[Held]:
+    """Those that no other holds more than in every place, while the same runs."""
+    for kind in sorted(set(kinds.tolist())):
+        for chunk in range(vpp):
+            same = np.unique(rows[(kinds == kind) & (chunks == chunk)], axis=0)
+            for row in same[(same[:, None] <= same).all(axis=2).sum(axis=1) == 1]:
+                flying, waiting, *flags = row.reshape(6, vpp).tolist()
+                yield Held(kind, chunk, tuple(flying), tuple(waiting), *(tuple(map(bool, x)) for x in flags))
+
+
+@lru_cache(maxsize=512)
+def _counts(schedule: str, stages: int, m: int, vpp: int) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    found: dict[tuple[str, int], list[list[list[int]]]] = {}
+    for rank, moments in enumerate(_held(schedule, stages, m, vpp)):
+        for x in moments:
+            of = found.setdefault((x.kind, x.chunk), [[] for _ in range(stages)])
+            of[rank].append(x.counts())
+    return {
+        key: (np.array([row for rows in of for row in rows], float), np.cumsum([0, *map(len, of[:-1])])) for key, of in found.items()
+    }
+
+
+def counts(schedule: str, stages: int, microbatches: int, vpp: int) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """`held` as arrays, by kind and chunk: rows of Held.counts, rank behind rank, and where each rank's begin."""
+    return _counts(schedule, stages, _enough(schedule, stages, microbatches), vpp)
+
+
 def fewest(schedule: str, stages: int, microbatches: int, vpp: int) -> tuple[int, ...]:
     """Of each rank, how many microbatches every chunk of it holds at least at one moment between its first W and its last; -1 if it has none."""
-    every = held(schedule, stages, microbatches, vpp)
-    return tuple(max((min(x.flying) for x in moments if all(x.summed + x.open)), default=-1) for moments in every)
+    return _fewest(schedule, stages, _enough(schedule, stages, microbatches), vpp)
+
+
+@lru_cache(maxsize=4096)
+def _fewest(schedule: str, stages: int, m: int, vpp: int) -> tuple[int, ...]:
+    found = []
+    for _, _, rows in _moments(schedule, stages, m, vpp):
+        between = (rows[:, 3 * vpp : 5 * vpp] > 0).all(axis=1)
+        found.append(int(rows[between, :vpp].min(axis=1).max(initial=-1)))
+    return tuple(found)

@@ -99,14 +99,6 @@ class SplitRank:
     def _held(self, rank: int) -> tuple[schedules.Held, ...]:
         return schedules.held(self.x.schedule, self.x.pp, self.x.microbatches, self.vpp)[rank]
 
-    def _times(self, held: schedules.Held) -> list[int]:
-        """How often each of `_amounts` is there beside what runs."""
-        found = []
-        for c in range(self.vpp):
-            there = held.open[c] or (held.kind == "R" and held.chunk == c)
-            found += [held.flying[c], held.waiting[c], held.begun[c] * there, held.summed[c] * there, int(held.gathered[c]), int(not there)]
-        return found
-
     @property
     def _amounts(self) -> list[tuple[str, Any]]:
         """Bytes that chunks hold, with their category."""
@@ -115,21 +107,19 @@ class SplitRank:
 
     def peaks(self, ranks: Any) -> Any:
         """Peak live bytes as each rank of `ranks`, broadcast with the places."""
-        heights = {(kind, i): m.height for i, c in enumerate(self.chunks) for kind, m in c.running.items()}
         amounts = np.stack(np.broadcast_arrays(*(a for _, a in self._amounts)))
         constant, places = sum(self.constant.values()), amounts.shape[1:]
-        out = np.empty(np.broadcast_shapes(np.shape(ranks), places))
-        of = np.broadcast_to(ranks, out.shape)
-        for rank in np.unique(ranks):
-            times: dict[tuple[str, int], list[list[int]]] = {}
-            for held in self._held(int(rank)):
-                for kind in _RUN[held.kind]:
-                    times.setdefault((kind, held.chunk), []).append(self._times(held))
-            most = np.full(places, -np.inf)
-            for key in times.keys() & heights.keys():
-                most = np.maximum(most, heights[key] + np.tensordot(np.array(times[key], float), amounts, 1).max(axis=0))
-            np.copyto(out, constant + most, where=of == rank)
-        return out if out.shape else float(out)
+        flat = amounts.reshape(len(amounts), -1)
+        most = np.full((self.x.pp, flat.shape[1]), -np.inf)  # of every rank
+        for (kind, c), (times, starts) in schedules.counts(self.x.schedule, self.x.pp, self.x.microbatches, self.vpp).items():
+            running = [self.chunks[c].running[k].height for k in _RUN[kind] if k in self.chunks[c].running]
+            if running:
+                height = np.broadcast_to(np.max(np.broadcast_arrays(*running), axis=0), places).ravel()
+                most = np.maximum(most, np.maximum.reduceat(times @ flat, starts, axis=0) + height)
+        most = (most + np.broadcast_to(constant, places).ravel()).reshape(self.x.pp, *places)
+        of = np.broadcast_to(ranks, np.broadcast_shapes(np.shape(ranks), places))
+        out = np.take_along_axis(np.broadcast_to(most, (self.x.pp, *of.shape[of.ndim - len(places) :])), of.reshape(-1, *places), axis=0)
+        return out.reshape(of.shape) if of.shape else float(out.reshape(()))
 
     def peak(self, rank: int) -> tuple[str, int, dict[str, float]]:
         """Moment, block and bytes by category of the fullest moment as one rank, of a place that is one."""
@@ -140,7 +130,7 @@ class SplitRank:
                 if float(moment.height) == -np.inf:
                     continue
                 at, parts = moment.fullest()
-                for n, (kind, amount) in zip(self._times(held), self._amounts, strict=True):
+                for n, (kind, amount) in zip(held.counts(), self._amounts, strict=True):
                     parts[kind] = parts.get(kind, 0.0) + n * amount
                 found.append((moment.name, at if moment.scores else int(self.spans[held.chunk][1]) - 1, parts))
         name, at, parts = max(found, key=lambda x: float(sum(x[2].values())))

@@ -97,7 +97,9 @@ class LeastMemorySearch:
         slope, fixed = self.fixed_bytes(x)
         for pp in np.unique(x.pp):
             rows = np.flatnonzero(x.pp == pp)
-            live = self._least_live(x.take(rows), int(pp), any_loss)
+            live = self._least_live(x.take(rows), int(pp), False)
+            if any_loss:
+                live = np.minimum(live, self._least_live(x.take(rows), int(pp), True))
             out[rows] = np.maximum(out[rows], slope * live / self.s._most_memory + fixed[rows])
         return out
 

@@ -134,7 +134,7 @@ class Search:
 
     def _stages(self, x: Layouts, p: Priced, capacity: float, modes: tuple[int, ...] | None = None) -> Stages:
         ends, pp = self.ends, int(x.pp[0])
-        modes = modes or ((0,) if SCHEDULES[int(x.schedule[0])] in SPLIT else self.modes)  # split, torch would run recomputation twice
+        modes = modes or ((0,) if SCHEDULES[int(x.schedule[0])] in SPLIT else self.modes)  # recompute beside gradients that wait is not modelled
         c = p.c[:, 0][:, None] + p.again[:, 0]  # [types, 3, blocks]
         e = p.once[:, 0]
         first = np.concatenate([ends.before, ends.between]).astype(int)

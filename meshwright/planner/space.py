@@ -41,7 +41,7 @@ FIXABLE: dict[str, type] = {
 _ALIASES = {"mb": "micro_batch", "microbatch": "micro_batch", "remat": "recompute", "hsdp": "replicas", "chunks": "vpp"}
 MOST_CHUNKS = 8  # of a rank
 MOST_ETP = 8
-NO_RECOMPUTE = "it runs the weights' gradients apart, and recomputation would run twice for them"
+NO_RECOMPUTE = "recompute beside weights' gradients that wait is not in the memory model"
 NO_SHARDED_GRADIENTS = "it runs the weights' gradients apart, where ZeRO 2 and 3 do not see them to reduce them after each microbatch"
 
 

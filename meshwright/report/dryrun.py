@@ -24,7 +24,7 @@ OPS = {
     "reduce_scatter_tensor": "reduce_scatter", "reduce_scatter_single": "reduce_scatter", "alltoall_base": "all_to_all",
     "all_to_all_single": "all_to_all", "alltoall": "all_to_all",
 }  # fmt: skip
-PHASES = {"step": "outside the modules"}
+PHASES = {"step": "outside the modules", "weights": "gradients of weights"}
 MOST = 16  # collectives shown
 
 
@@ -62,7 +62,7 @@ def _answer(plan: Plan, found: DryRun) -> str:
         fits = f"over the limit of {gib(m.limit)} by {gib(needed - m.limit)}, within the device's {gib(m.capacity)}"
     else:
         fits = f"does not fit: {gib(needed - m.capacity)} more than the device's {gib(m.capacity)}"
-    where = f"in {found.phase} of {found.module}" if found.module else PHASES.get(found.phase, f"in {found.phase}")
+    where = f"in {PHASES.get(found.phase, found.phase)} of {found.module}" if found.module else PHASES.get(found.phase, f"in {found.phase}")
     site = f", {found.site}" if found.site else ""
     held = found.layers_held
     layers = f"layers {', '.join(_span(c) for c in found.chunks)}" if held else "no layers"

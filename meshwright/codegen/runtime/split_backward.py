@@ -51,15 +51,16 @@ class WeightGradients:
 
     def _run(self, waiting: Waiting) -> None:
         while waiting:
-            module, weight, x, grad = waiting.popleft()
-            if not weight.is_leaf:  # the local part of a sharded one
-                torch.autograd.backward([weight], [grad.t() @ x])
-            elif weight.grad is None:
-                weight.grad = grad.t() @ x  # autograd would copy it
-            else:
-                weight.grad += grad.t() @ x
-            del x, grad
-            self._add(module)
+            self._compute(*waiting.popleft())
+
+    def _compute(self, module: nn.Module, weight: Tensor, x: Tensor, grad: Tensor) -> None:
+        if not weight.is_leaf:  # the local part of a sharded one
+            torch.autograd.backward([weight], [grad.t() @ x])
+        elif weight.grad is None:
+            weight.grad = grad.t() @ x  # autograd would copy it
+        else:
+            weight.grad += grad.t() @ x
+        self._add(module)
 
     def _add(self, module: nn.Module) -> None:
         """Adds a new gradient to FSDP's sum in fp32, as the end of an undivided backward would."""
