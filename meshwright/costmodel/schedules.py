@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -432,7 +432,8 @@ def counts(schedule: str, stages: int, microbatches: int, vpp: int) -> dict[tupl
 
 
 def fewest(schedule: str, stages: int, microbatches: int, vpp: int) -> tuple[int, ...]:
-    """Of each rank, how many microbatches every chunk of it holds at least at one moment between its first W and its last; -1 if it has none."""
+    """Of each rank, how many microbatches every chunk of it holds at least at one moment between its first W and its last, or at any where
+    `one_round`; -1 if it has none."""
     return _fewest(schedule, stages, _enough(schedule, stages, microbatches), vpp)
 
 
@@ -440,6 +441,33 @@ def fewest(schedule: str, stages: int, microbatches: int, vpp: int) -> tuple[int
 def _fewest(schedule: str, stages: int, m: int, vpp: int) -> tuple[int, ...]:
     found = []
     for _, _, rows in _moments(schedule, stages, m, vpp):
-        between = (rows[:, 3 * vpp : 5 * vpp] > 0).all(axis=1)
-        found.append(int(rows[between, :vpp].min(axis=1).max(initial=-1)))
+        found.append(int(_between(rows, stages, m, vpp).min(axis=1).max(initial=-1)))
+    return tuple(found)
+
+
+def one_round(stages: Any, microbatches: Any, vpp: Any) -> Any:
+    """Whether a rank's last chunk may be done before its first has any gradient."""
+    return (vpp > 1) & (microbatches <= stages)
+
+
+def _between(rows: np.ndarray, stages: int, m: int, vpp: int) -> np.ndarray:
+    """Of a rank's moments those between its first W and its last, or all where `one_round`: microbatches in flight. [moments, chunks]"""
+    return rows[(rows[:, 3 * vpp : 5 * vpp] > 0).all(axis=1) | one_round(stages, m, vpp), :vpp]
+
+
+def mean_held(schedule: str, stages: int, microbatches: int, vpp: int, sizes: tuple[tuple[int, ...], ...]) -> tuple[float, ...]:
+    """Of each rank, how many microbatches its layers hold at least at one of the moments of `fewest`, on average over them and in every one
+    of some cuts; `sizes`: layers that each virtual stage of a cut has. 0 if it has no such moment, infinite without layers."""
+    return _mean_held(schedule, stages, _enough(schedule, stages, microbatches), vpp, sizes)
+
+
+@lru_cache(maxsize=4096)
+def _mean_held(schedule: str, stages: int, m: int, vpp: int, sizes: tuple[tuple[int, ...], ...]) -> tuple[float, ...]:
+    found, s = [], find(schedule)
+    for rank, (_, _, rows) in enumerate(_moments(schedule, stages, m, vpp)):
+        flying = _between(rows, stages, m, vpp)
+        own = np.array(sizes, float)[:, [s.virtual_stage(stages, rank, c) for c in range(vpp)]]
+        own = own[own.sum(axis=1) > 0]
+        means = flying @ own.T / own.sum(axis=1)  # [moments, cuts]
+        found.append(float(means.min(axis=1).max(initial=0.0)) if len(own) else np.inf)
     return tuple(found)

@@ -139,5 +139,8 @@ class SplitRank:
     def least(self, ranks: Any) -> Any:
         """A lower bound that grows with all that blocks hold: what every chunk holds at one moment."""
         counts = np.array(schedules.fewest(self.x.schedule, self.x.pp, self.x.microbatches, self.vpp))[np.asarray(ranks)]
-        there = sum(np.maximum(counts, 0) * c.kept + c.layer_sums + c.root_sums + c.gathered * (self.vpp <= schedules.GATHERED) for c in self.chunks)
+        if schedules.one_round(self.x.pp, self.x.microbatches, self.vpp):
+            return sum(self.constant.values()) + sum(np.maximum(counts, 0) * c.kept for c in self.chunks)
+        all_gathered = self.vpp <= schedules.GATHERED
+        there = sum(np.maximum(counts, 0) * c.kept + c.layer_sums + c.root_sums + c.gathered * all_gathered for c in self.chunks)
         return sum(self.constant.values()) + np.where(counts >= 0, there, 0.0)

@@ -14,17 +14,21 @@ bounded kind by kind, since leaving the others out only makes room, and all toge
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, RECOMPUTE, SCHEDULES, V_SHAPED, Layouts
+from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, RECOMPUTE, SCHEDULES, SPLIT, V_SHAPED, Layouts
 from meshwright.costmodel.memory import MASTER, REDUCED
+from meshwright.costmodel.schedules import mean_held
 from meshwright.costmodel.step import Bound, Priced, in_flight
+from meshwright.planner.stageproblem import spreads
 
 Array = np.ndarray
 HALVINGS = 14
 SLACK = 1e-6  # of a layer
 V_SHAPES = [SCHEDULES.index(name) for name in V_SHAPED]
+SPLITS = [SCHEDULES.index(name) for name in SPLIT]
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,14 @@ class Bounds:
             out[rows] = self._relaxed(x.take(rows), p.take(rows), capacity[rows], slowest[rows], top[rows], int(pp), own)
         return out
 
+    def _flying(self, x: Layouts, flying: Array, pp: int, kinds: Array) -> Array:
+        """`flying` where backward is split and no layer is recomputed: what layers of these kinds hold on average, not what every chunk does."""
+        out, mine = flying.copy(), np.isin(self.ends.layers, kinds)
+        for i in np.flatnonzero(np.isin(x.schedule, SPLITS) & (x.vpp > 1)):
+            v = int(x.vpp[i])
+            out[i] = mean_held(SCHEDULES[int(x.schedule[i])], pp, int(x.microbatches[i]), v, _sizes(mine.tobytes(), pp * v))
+        return np.where(np.isfinite(out), out, flying)
+
     def _relaxed(
         self, x: Layouts, p: Priced, capacity: Array, slowest: Array, ceiling: Array, pp: int, peaks: Peaks | None
     ) -> Array:
@@ -132,7 +144,7 @@ class Bounds:
         flying = np.array([
             in_flight(SCHEDULES[s], pp, int(v), int(m)) for s, v, m in zip(schedule, x.vpp, x.microbatches)
         ])  # fmt: skip
-        ends = self.ends
+        ends, apart = self.ends, np.isin(x.schedule, SPLITS) & (pp > 1)
         tied = self.bound.tied_numel(x) * (MASTER + REDUCED + self.bound.compute_bytes + 8.0) if pp == 1 else np.zeros(n)
         room = np.repeat((capacity + p.carry + tied)[:, None], pp, axis=1) + flying * p.carry[:, None]
         first = np.where(free, 0.0, p.held[:, ends.before].sum(axis=1) + p.held[:, ends.between].sum(axis=1))
@@ -154,12 +166,15 @@ class Bounds:
             cost = [whole[:, r, kinds].min(axis=1) for r in range(3)]  # [n]
             held = p.held[:, kinds].min(axis=1)[:, None]
             kept = [p.kept[:, r, kinds].min(axis=1)[:, None] for r in range(3)]
-            memory = [held + flying * k for k in kept]  # [n, pp]
+            for r in (1, 2):  # a schedule that splits backward recomputes nothing
+                cost[r], kept[r] = np.where(apart, cost[0], cost[r]), np.where(apart[:, None], kept[0], kept[r])
+            of_kind = self._flying(x, flying, pp, kinds)
+            memory = [held + of_kind * k for k in kept]  # [n, pp]
             last_of = np.zeros((n, pp))
             beyond = [last_of] * 3
             if peaks is not None:
                 last_of[np.arange(n), at_last] = peaks.head
-                beyond = [np.maximum(last_of, peaks.block[:, r, kinds].min(axis=1)[:, None]) for r in range(3)]
+                beyond = [np.maximum(last_of, np.where(apart, 0.0, peaks.block[:, r, kinds].min(axis=1))[:, None]) for r in range(3)]
 
             def enough(
                 t: Array, rows: Array, cost: list[Array] = cost, memory: list[Array] = memory, kept: list[Array] = kept, layers: float = layers,
@@ -194,6 +209,13 @@ class Bounds:
                 above = np.where(ok, middle, above)
                 low[rows] = np.where(ok, low[rows], middle)
         return np.where(possible, low, np.inf)
+
+
+@lru_cache(maxsize=1024)
+def _sizes(mine: bytes, virtual: int) -> tuple[tuple[int, ...], ...]:
+    """How many of some layers each virtual stage of every cut has."""
+    before = np.concatenate([[0], np.cumsum(np.frombuffer(mine, bool))])
+    return tuple(dict.fromkeys(tuple(np.diff(before[[0, *ends]]).tolist()) for ends in spreads(len(before) - 1, virtual)))
 
 
 def _links(pp: int, vpp: Array, v: Array) -> Array:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, RECOMPUTE, SCHEDULES, V_SHAPED, Layouts
+from meshwright.costmodel.layouts import FREE, LOSS_CHUNKS, LOSSES, RECOMPUTE, SCHEDULES, SPLIT, V_SHAPED, Layouts
 from meshwright.costmodel.memory import MASTER, REDUCED
 from meshwright.costmodel.step import in_flight
 from meshwright.planner.plan import Certificate
@@ -209,7 +209,9 @@ class LeastMemorySearch:
         frees = pp1 & (x.zero < 3) & (x.microbatches <= 2)
         reduced = np.where(reduces[:, None], (REDUCED + c * ~frees[:, None]) * numel[:, kinds] + self._carry(x)[:, None], 0.0)
         beside = np.maximum(runs, reduced[:, None])[:, self.modes] - kept[:, :, kinds][:, self.modes]
-        return beside.min(axis=(1, 2)), loss[:, None] + np.maximum(flying - 1, 0.0) * later[:, None]
+        # the first half of a backward that is split makes fewer gradients
+        least = np.where(np.isin(x.schedule, [SCHEDULES.index(name) for name in SPLIT]), 0.0, beside.min(axis=(1, 2)))
+        return least, loss[:, None] + np.maximum(flying - 1, 0.0) * later[:, None]
 
     def _blocks(self, t: int, batch: int, cp: int, ep: int, chunked: int, ulysses: int) -> tuple[Array, float, float]:
         """Bytes of each kind of layer at its backward [3, kinds], of what is behind the layers for backward, and at its fullest backward."""
