@@ -14,7 +14,7 @@ import numpy as np
 
 from meshwright.costmodel import schedules
 from meshwright.costmodel.memory import REDUCED
-from meshwright.costmodel.moments import Moment
+from meshwright.costmodel.moments import Moment, Parts
 
 if TYPE_CHECKING:
     from meshwright.costmodel.stagememory import Place, StageMemory
@@ -121,7 +121,7 @@ class SplitRank:
         out = np.take_along_axis(np.broadcast_to(most, (self.x.pp, *of.shape[of.ndim - len(places) :])), of.reshape(-1, *places), axis=0)
         return out.reshape(of.shape) if of.shape else float(out.reshape(()))
 
-    def peak(self, rank: int) -> tuple[str, int, dict[str, float]]:
+    def peak(self, rank: int) -> tuple[str, int, Parts]:
         """Moment, block and bytes by category of the fullest moment as one rank, of a place that is one."""
         found = []
         for held in self._held(rank):
@@ -134,7 +134,7 @@ class SplitRank:
                     parts[kind] = parts.get(kind, 0.0) + n * amount
                 found.append((moment.name, at if moment.scores else int(self.spans[held.chunk][1]) - 1, parts))
         name, at, parts = max(found, key=lambda x: float(sum(x[2].values())))
-        return name, at, {k: float(self.constant.get(k, 0.0) + parts.get(k, 0.0)) for k in {*self.constant, *parts}}
+        return name, at, {k: self.constant.get(k, 0.0) + parts.get(k, 0.0) for k in {*self.constant, *parts}}
 
     def least(self, ranks: Any) -> Any:
         """A lower bound that grows with all that blocks hold: what every chunk holds at one moment."""

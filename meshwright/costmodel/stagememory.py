@@ -446,10 +446,8 @@ class StageMemory:
 
     def peak_at(self, begin: Any, end: Any, place: Place, rank: int) -> tuple[str, int, dict[str, float]]:
         """The same of blocks [begin, end) at `place`."""
-        if self._splits:
-            return SplitRank(self, begin, end, place).peak(rank)
-        if self.by_chunk and place.borders is not None:
-            name, at, parts = ChunkMemory(self, begin, end, place).peak(rank)
+        if self._splits or (self.by_chunk and place.borders is not None):
+            name, at, parts = (SplitRank if self._splits else ChunkMemory)(self, begin, end, place).peak(rank)
             return name, at, {k: float(parts.get(k, 0.0)) for k in CATEGORIES}
         base = self.base_at(begin, end, place, self.flying(rank))
         heights = [(float(m.height - base["activations"] * m.idle), m) for m in self.moments(begin, end, place)]
