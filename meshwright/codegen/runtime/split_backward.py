@@ -19,13 +19,13 @@ Waiting = deque[tuple[nn.Module, Tensor, Tensor, Tensor]]  # module, weight as i
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b, or x W + b for a Conv1D, whose backward leaves the gradient of W for later."""
+    """x W^T + b, whose backward leaves the gradient of W for later."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module, waiting: Waiting) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.module, ctx.waiting = module, waiting
-        return F.linear(x, weight.t() if _transposed(module) else weight, bias)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:  # type: ignore[override]
@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[1]:
             ctx.waiting.append((ctx.module, weight, x.flatten(0, -2), rows))
-        dx = (rows @ (weight.t() if _transposed(ctx.module) else weight)).view(x.shape) if ctx.needs_input_grad[0] else None
+        dx = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -54,13 +54,12 @@ class WeightGradients:
             self._compute(*waiting.popleft())
 
     def _compute(self, module: nn.Module, weight: Tensor, x: Tensor, grad: Tensor) -> None:
-        made = x.t() @ grad if _transposed(module) else grad.t() @ x
         if not weight.is_leaf:  # the local part of a sharded one
-            torch.autograd.backward([weight], [made])
+            torch.autograd.backward([weight], [grad.t() @ x])
         elif weight.grad is None:
-            weight.grad = made  # autograd would copy it
+            weight.grad = grad.t() @ x  # autograd would copy it
         else:
-            weight.grad += made
+            weight.grad += grad.t() @ x
         self._add(module)
 
     def _add(self, module: nn.Module) -> None:
@@ -104,14 +103,11 @@ def split_backward(part: nn.Module, layers: Iterable[nn.Module]) -> None:
     gradients = WeightGradients(part)
     part.weight_gradients = gradients  # type: ignore[assignment]
     for module in (m for layer in layers for m in layer.modules()):
-        if _transposed(module) or type(module).forward is nn.Linear.forward:
-            module.forward = functools.partial(_forward, module, gradients.waiting)  # type: ignore[method-assign]
+        transposed = type(module).__name__ == "Conv1D"  # of transformers: weight [in, out]
+        if transposed or type(module).forward is nn.Linear.forward:
+            module.forward = functools.partial(_forward, module, gradients.waiting, transposed)  # type: ignore[method-assign]
 
 
-def _transposed(module: nn.Module) -> bool:
-    """Whether a weight is [in, out], as in transformers' Conv1D."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _forward(module: nn.Module, waiting: Waiting, x: Tensor) -> Tensor:
-    return _Linear.apply(x, module.weight, module.bias, module, waiting)  # type: ignore[no-any-return]
+def _forward(module: nn.Module, waiting: Waiting, transposed: bool, x: Tensor) -> Tensor:
+    weight: Any = module.weight
+    return _Linear.apply(x, weight.t() if transposed else weight, module.bias, module, waiting)  # type: ignore[no-any-return]
